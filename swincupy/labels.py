@@ -11,13 +11,3 @@ def imagenet1k() -> tuple[str, ...]:
     """The 1000 class names of ImageNet-1k in the order of the published heads (read once, see ``data/README.md``)."""
     text = (Path(__file__).parent / "data" / "imagenet1k.txt").read_text(encoding="utf-8")
     return tuple(text.splitlines())
-
-
-def labels_for(num_classes: int) -> tuple[str, ...] | None:
-    """Names for a head of ``num_classes`` outputs that came without any: ImageNet-1k's for 1000, else None."""
-    return imagenet1k() if num_classes == 1000 else None
-
-
-def label(labels: tuple[str, ...] | None, index: int) -> str:
-    """``labels[index]``, or ``"class <index>"`` where there are no names."""
-    return labels[index] if labels is not None else f"class {index}"

@@ -14,6 +14,7 @@ from typing import Any
 
 from swincupy.config import SwinConfig
 from swincupy.errors import CheckpointError, DownloadError
+from swincupy.labels import imagenet1k
 from swincupy.resources import resource_dir
 
 _FAMILIES: dict[str, dict[str, Any]] = {
@@ -194,6 +195,15 @@ def config_for(name: str) -> SwinConfig:
     from swincupy.checkpoint import inspect_checkpoint
 
     return SwinConfig.from_dict(inspect_checkpoint(fetch(name))["config"])
+
+
+def labels_for(name: str) -> tuple[str, ...] | None:
+    """Names of the classes of the checkpoint called ``name`` where the head is ImageNet-1k's, else None.
+
+    The 21841 classes of ImageNet-22k have no names here; the demo model's are in its file.
+    """
+    found = entry(name)
+    return imagenet1k() if found.architecture is not None and found.num_classes == 1000 else None
 
 
 def fetch(name: str, progress: bool = True) -> Path:

@@ -1,0 +1,418 @@
+"""`load` and `SwinTransformer`, the object that people hold."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+
+from swincupy import forward
+from swincupy.config import SwinConfig
+from swincupy.errors import ConfigError, DeviceError, InputError
+from swincupy.ops import reference, tiled
+from swincupy.parameters import fold, plan
+
+if TYPE_CHECKING:
+    from swincupy.preprocess import Preprocess
+
+Array = Any
+Images = Any  # an array, an image (path, file, PIL), or a sequence of images
+
+_DTYPES = {"fp32": np.float32, "fp64": np.float64}
+_PLANS = 8  # input sizes whose masks and biases are kept
+
+
+class Prediction(NamedTuple):
+    """One class of a picture: its name, its probability, its index in the logits."""
+
+    label: str
+    score: float
+    index: int
+
+
+def load(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    device: str | int | None = None,
+    precision: str = "fp32",
+    config: SwinConfig | None = None,
+    pad_mode: Literal["pad_roll", "roll_pad"] | None = None,
+    preset: Literal["timm", "ms", "hf", "torchvision"] | None = None,
+) -> SwinTransformer:
+    """Load a Swin Transformer from a checkpoint of any known layout.
+
+    Parameters
+    ----------
+    source : path, name or mapping
+        A file (.safetensors, .pth, .bin), a folder of the Hugging Face kind, the name of a published
+        checkpoint (`swincupy models` lists them; "demo" ships with the package), or the arrays
+        themselves by name.
+    device : "cpu", "cuda", "cuda:N" or N, optional
+        Where the model runs; None is "cpu".
+    precision : {"fp32", "fp64"}
+        "fp64" is for reference results.
+    config : SwinConfig, optional
+        Needed only for what the arrays and the files beside them do not tell. It must not contradict them.
+    pad_mode : {"pad_roll", "roll_pad"}, optional
+        See `SwinConfig`; None is what the checkpoint's source does.
+    preset : {"timm", "ms", "hf", "torchvision"}, optional
+        Preprocessing of images; None is that of the checkpoint's source.
+
+    Returns
+    -------
+    SwinTransformer
+
+    Raises
+    ------
+    CheckpointError
+        The checkpoint cannot be read, is incomplete, or its name is unknown.
+    ConfigError
+        The configuration contradicts the arrays.
+    DeviceError
+        The device or precision cannot be had.
+    DownloadError
+        A published checkpoint could not be downloaded.
+    """
+    from swincupy import registry
+    from swincupy.checkpoint import read_checkpoint
+    from swincupy.preprocess import for_checkpoint
+
+    _target(device, precision)  # before any reading
+    labels = None
+    if isinstance(source, (str, os.PathLike)) and not os.path.exists(source):
+        name = os.fspath(source)
+        source, config, labels = registry.fetch(name), config or registry.config_for(name), registry.labels_for(name)
+    checkpoint = read_checkpoint(source, config=config)
+    config = checkpoint.config if pad_mode is None else checkpoint.config.replace(pad_mode=pad_mode)
+    return SwinTransformer(
+        checkpoint.params,
+        config,
+        layout=checkpoint.layout,
+        labels=checkpoint.labels or labels,
+        preprocess=for_checkpoint(checkpoint.preprocess, checkpoint.layout, config, preset=preset),
+        device=device,
+        precision=precision,
+    )
+
+
+class SwinTransformer:
+    """A Swin Transformer ready to run; made by `load`.
+
+    Float arrays are taken as normalised pixels [B, C, H, W] of any size. Everything else is taken as
+    images and goes through `preprocess`: uint8 arrays [B, H, W, C] or [H, W, C], PIL images, paths,
+    open files, and sequences of those. Arrays come back in the library of the array that went in,
+    NumPy for images. Calls from several threads are safe.
+
+    Attributes
+    ----------
+    config : SwinConfig
+    layout : str
+        Layout of the checkpoint that the weights came from.
+    labels : tuple of str or None
+        Names of the classes.
+    preprocess : Preprocess
+        From images to normalised pixels; callable.
+    device, precision : str
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, np.ndarray],
+        config: SwinConfig,
+        *,
+        layout: str = "swincupy",
+        labels: Sequence[str] | None = None,
+        preprocess: Preprocess | None = None,
+        device: str | int | None = None,
+        precision: str = "fp32",
+    ) -> None:
+        from swincupy.preprocess import for_checkpoint
+
+        self.device, self.precision = _target(device, precision)
+        self.config = config.with_conventions("microsoft")
+        self.layout = layout
+        self.labels = tuple(labels) if labels is not None else None
+        if self.labels is not None and len(self.labels) != config.num_classes:
+            raise ConfigError(
+                f"SwinTransformer: labels must name the {config.num_classes} classes, got {len(self.labels)} labels"
+            )
+        self.preprocess = preprocess or for_checkpoint(None, layout, self.config)
+        self._params = dict(params)
+        self._xp = _namespace(self.device)
+        self._ops = tiled if self._xp is np else reference
+        self._dtype = _DTYPES[self.precision]
+        self._block = forward.BLOCK[config.version]
+        self._weights = fold(self._params, self.config, self._asarray)
+        self._plans: OrderedDict[tuple[int, int], Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        c = self.config
+        return (
+            f"SwinTransformer(version={c.version}, img_size={c.img_size}, window_size={c.window_size}, "
+            f"embed_dim={c.embed_dim}, depths={c.depths}, num_classes={c.num_classes}, "
+            f"parameters={self.num_parameters:,}, device={self.device!r}, precision={self.precision!r})"
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trained values."""
+        return sum(p.size for p in self._params.values())
+
+    def __call__(self, x: Images) -> Array:
+        """Class scores before the softmax.
+
+        Parameters
+        ----------
+        x : array [B, C, H, W] of normalised pixels, or images
+            See the class.
+
+        Returns
+        -------
+        [B, num_classes]
+        """
+        self._need_head("model(x)")
+        return self._answer(x, self._run(forward.logits, self._pixels(x)))
+
+    def embed(
+        self, x: Images | Iterable[Any], *, normalize: bool = False, batch_size: int = 64, progress: bool = False
+    ) -> Array:
+        """Embeddings: the mean of the normalised tokens of the last stage.
+
+        Parameters
+        ----------
+        x : array, image, or iterable of images
+            An iterable is read as it is needed, ``batch_size`` images at a time.
+        normalize : bool
+            Divide each embedding by its Euclidean length.
+        batch_size : int
+        progress : bool
+            Show a progress bar on standard error.
+
+        Returns
+        -------
+        [B, num_features]
+        """
+        parts = list(self.embed_stream(x, normalize=normalize, batch_size=batch_size, progress=progress))
+        if not parts:
+            raise InputError("embed: x must hold at least one image, got none")
+        return parts[0] if len(parts) == 1 else reference.array_namespace(parts[0]).concat(parts)
+
+    def embed_stream(
+        self, x: Images | Iterable[Any], *, normalize: bool = False, batch_size: int = 64, progress: bool = False
+    ) -> Iterator[Array]:
+        """`embed`, yielding the embeddings of ``batch_size`` images at a time."""
+        if self._weights["norm"] is None:
+            raise InputError("embed: the checkpoint has no final norm (a detection backbone); use features(norm=True)")
+        for batch in self._batches(x, batch_size, progress):
+            y = self._run(forward.embed, self._pixels(batch))
+            if normalize:
+                y = y / self._xp.sqrt(self._xp.sum(y * y, axis=-1, keepdims=True))
+            yield self._answer(batch, y)
+
+    def features(
+        self,
+        x: Images,
+        out_indices: Sequence[int] | None = None,
+        *,
+        norm: bool = False,
+        layout: Literal["NCHW", "NHWC"] = "NCHW",
+    ) -> list[Array]:
+        """Feature maps of the stages, before patch merging.
+
+        Parameters
+        ----------
+        x : array [B, C, H, W] of normalised pixels, or images
+        out_indices : sequence of int, optional
+            Which stages, in the order wanted; negative ones count from the last. None is all.
+        norm : bool
+            Normalise each map with its own LayerNorm where the checkpoint has one (detection and
+            segmentation backbones), the last one with the final norm where it has not.
+        layout : {"NCHW", "NHWC"}
+
+        Returns
+        -------
+        list of arrays
+            Stage i: [B, C_i, H_i, W_i], or channels last.
+        """
+        stages = self.config.num_stages
+        wanted = range(stages) if out_indices is None else [i + stages if i < 0 else i for i in out_indices]
+        if not wanted or not all(0 <= i < stages for i in wanted):
+            raise InputError(f"features: out_indices must be stages from 0 to {stages - 1}, got {out_indices!r}")
+        if layout not in ("NCHW", "NHWC"):
+            raise InputError(f"features: layout must be 'NCHW' or 'NHWC', got {layout!r}")
+        pixels = self._pixels(x)
+        maps = {}
+        for i, z in enumerate(forward.stages(pixels, self._weights, self._plan(pixels), self._block, self._ops)):
+            if i in wanted:
+                level_norm = self._weights["level_norms"].get(i) or (self._weights["norm"] if i == stages - 1 else None)
+                if norm and level_norm is not None:
+                    z = self._ops.layer_norm(z, **level_norm)
+                maps[i] = self._answer(x, self._xp.moveaxis(z, -1, 1) if layout == "NCHW" else z)
+            if i == max(wanted):
+                break
+        return [maps[i] for i in wanted]
+
+    def classify(
+        self, images: Images | Iterable[Any], topk: int = 5, *, batch_size: int = 64, progress: bool = False
+    ) -> list[list[Prediction]]:
+        """The most likely classes of each image, best first.
+
+        Parameters
+        ----------
+        images : image, iterable of images, or array
+        topk : int
+
+        Returns
+        -------
+        list (one for each image) of lists of Prediction(label, score, index)
+            Scores are softmax probabilities; a class without a name is called ``class <index>``.
+        """
+        self._need_head("classify")
+        if topk < 1:
+            raise InputError(f"classify: topk must be at least 1, got {topk}")
+        found = []
+        for batch in self._batches(images, batch_size, progress):
+            probabilities = reference.softmax(self._run(forward.logits, self._pixels(batch)))
+            for row in probabilities if self._xp is np else probabilities.get():
+                best = np.argsort(-row, kind="stable")[:topk]
+                found.append([Prediction(self._label(i), float(row[i]), int(i)) for i in best])
+        return found
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write weights, configuration, labels and preprocessing as one safetensors file, all or nothing."""
+        from swincupy.checkpoint import save_checkpoint
+
+        save_checkpoint(path, self._params, self.config, labels=self.labels, preprocess=self.preprocess.to_dict())
+
+    def _label(self, index: int) -> str:
+        return f"class {index}" if self.labels is None else self.labels[index]
+
+    def _need_head(self, what: str) -> None:
+        if self._weights["head"] is None or self._weights["norm"] is None:
+            raise InputError(f"{what}: the checkpoint has no classification head; use embed or features")
+
+    def _batches(self, x: Any, batch_size: int, progress: bool) -> Iterator[Any]:
+        """Arrays in slices; images decoded and preprocessed as they are needed."""
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        if _is_float_array(x):
+            self._check(x)
+            batches: Iterable[Any] = (x[i : i + batch_size] for i in range(0, x.shape[0], batch_size))
+            total = x.shape[0]
+        else:
+            from swincupy.preprocess import stream
+
+            batches = stream(x, self.preprocess, batch_size)
+            total = len(x) if hasattr(x, "__len__") and not isinstance(x, (str, bytes)) else None
+        if not progress:
+            yield from batches
+            return
+        from tqdm import tqdm
+
+        with tqdm(total=total, unit="image") as bar:
+            for batch in batches:
+                yield batch
+                bar.update(batch.shape[0])
+
+    def _pixels(self, x: Images) -> Array:
+        """Normalised pixels [B, C, H, W] on the model's device and in its dtype."""
+        if not _is_float_array(x):
+            x = self.preprocess(x)
+        self._check(x)
+        return self._asarray(x)
+
+    def _check(self, x: Array) -> None:
+        shape, channels = tuple(x.shape), self.config.in_chans
+        if len(shape) != 4 or shape[1] != channels:
+            hint = "; add a batch axis: x[None]" if len(shape) == 3 and shape[0] == channels else ""
+            if len(shape) == 4 and shape[3] == channels:
+                hint = "; float arrays have channels second: x.transpose(0, 3, 1, 2)"
+            raise InputError(f"model: x must be [B, {channels}, H, W], got shape {shape}{hint}")
+        if 0 in shape:
+            raise InputError(f"model: x must hold at least one image and one pixel, got shape {shape}")
+
+    def _plan(self, pixels: Array) -> Any:
+        """The plan of an input size: masks and biases, kept for the last few sizes."""
+        size = (pixels.shape[2], pixels.shape[3])
+        with self._lock:
+            found = self._plans.pop(size, None)
+            if found is None:
+                found = plan(self._weights, self.config, *size)
+            self._plans[size] = found
+            while len(self._plans) > _PLANS:
+                self._plans.popitem(last=False)
+        return found
+
+    def _run(self, what: Callable[..., Array], pixels: Array) -> Array:
+        return what(pixels, self._weights, self._plan(pixels), self._block, self._ops)
+
+    def _asarray(self, x: Any) -> Array:
+        return self._xp.asarray(_host(x) if self._xp is np else x, dtype=self._dtype)
+
+    def _answer(self, asked: Any, y: Array) -> Array:
+        """The result in the library of the array that was asked with, NumPy for anything else."""
+        if self._xp is not np:
+            from array_api_compat import is_cupy_array
+
+            if is_cupy_array(asked):
+                return y
+            y = y.get()
+        if not _is_float_array(asked) or isinstance(asked, np.ndarray):
+            return y
+        xp = reference.array_namespace(asked)
+        return xp.asarray(y, device=asked.device)
+
+
+def _is_float_array(x: Any) -> bool:
+    """Whether x is an array of any library that holds floats (uint8 arrays are images)."""
+    dtype = getattr(x, "dtype", None)
+    if dtype is None or not hasattr(x, "shape"):
+        return False
+    return "float" in str(dtype)
+
+
+def _host(x: Any) -> np.ndarray:
+    """Any library's array as a NumPy array."""
+    if isinstance(x, np.ndarray):
+        return x
+    if hasattr(x, "get") and hasattr(x, "__cuda_array_interface__"):  # CuPy
+        return np.asarray(x.get())
+    if hasattr(x, "detach"):  # PyTorch
+        x = x.detach().cpu()
+    return np.asarray(x)
+
+
+def _target(device: str | int | None, precision: str) -> tuple[str, str]:
+    """The device as "cpu" or "cuda:N", and the precision; refuses what cannot be had here."""
+    if precision not in _DTYPES:
+        raise DeviceError(f"load: precision must be one of {', '.join(_DTYPES)}, got {precision!r}")
+    name = "cpu" if device is None else f"cuda:{device}" if isinstance(device, int) else str(device)
+    if name == "cpu":
+        return name, precision
+    kind, _, number = name.partition(":")
+    if kind != "cuda" or not (number or "0").isdigit():
+        raise DeviceError(f'load: device must be "cpu", "cuda" or "cuda:N", got {device!r}')
+    try:
+        import cupy
+    except ImportError:
+        raise DeviceError(f'load: device {name!r} needs CuPy; pip install "swincupy[cuda13]"') from None
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise DeviceError(f"load: device {name!r} cannot be used: {error}; use device='cpu'") from None
+    if int(number or 0) >= count:
+        raise DeviceError(f"load: device {name!r} does not exist, there are {count}; use device='cpu' or a lower one")
+    return f"cuda:{int(number or 0)}", precision
+
+
+def _namespace(device: str) -> Any:
+    if device == "cpu":
+        return np
+    import cupy
+
+    return cupy

@@ -1,0 +1,251 @@
+"""From a checkpoint's flat arrays to what the forward pass takes.
+
+`parameter_shapes` says which arrays a configuration has, under microsoft's names. `fold` nests
+them, one dictionary for each operation, and computes once whatever depends on weights alone.
+`plan` adds what depends on the input's size: windows, shifts, masks, position biases.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from swincupy.config import Pair, SwinConfig, stage_geometry
+from swincupy.ops import reference
+
+Array = Any
+Weights = dict[str, Any]
+
+
+def parameter_shapes(config: SwinConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of a model, in microsoft's names and order.
+
+    The positions of ``absolute_pos_embed`` are -1 where ``img_size`` is None. V1's bias tables are
+    those of ``config.windows``.
+    """
+    c, shapes = config, dict[str, tuple[int, ...]]()
+
+    def layer_norm(name: str, dim: int) -> None:
+        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (dim,)
+
+    def linear(name: str, out: int, into: int, bias: bool = True) -> None:
+        shapes[f"{name}.weight"] = (out, into)
+        if bias:
+            shapes[f"{name}.bias"] = (out,)
+
+    shapes["patch_embed.proj.weight"] = (c.embed_dim, c.in_chans, *c.patch)
+    shapes["patch_embed.proj.bias"] = (c.embed_dim,)
+    if c.patch_norm:
+        layer_norm("patch_embed.norm", c.embed_dim)
+    if c.ape:
+        tokens = -1 if c.image is None else (c.image[0] // c.patch[0]) * (c.image[1] // c.patch[1])
+        shapes["absolute_pos_embed"] = (1, tokens, c.embed_dim)
+    for i, (dim, depth, heads, (mh, mw)) in enumerate(zip(c.dims, c.depths, c.num_heads, c.windows, strict=True)):
+        for j in range(depth):
+            block = f"layers.{i}.blocks.{j}"
+            layer_norm(f"{block}.norm1", dim)
+            if c.version == 1:
+                shapes[f"{block}.attn.relative_position_bias_table"] = ((2 * mh - 1) * (2 * mw - 1), heads)
+                linear(f"{block}.attn.qkv", 3 * dim, dim, bias=c.qkv_bias)
+            else:
+                shapes[f"{block}.attn.logit_scale"] = (heads, 1, 1)
+                linear(f"{block}.attn.cpb_mlp.0", 512, 2)
+                linear(f"{block}.attn.cpb_mlp.2", heads, 512, bias=False)
+                linear(f"{block}.attn.qkv", 3 * dim, dim, bias=False)
+                if c.qkv_bias:
+                    shapes[f"{block}.attn.q_bias"] = shapes[f"{block}.attn.v_bias"] = (dim,)
+            linear(f"{block}.attn.proj", dim, dim)
+            layer_norm(f"{block}.norm2", dim)
+            linear(f"{block}.mlp.fc1", c.hidden_dim(i), dim)
+            linear(f"{block}.mlp.fc2", dim, c.hidden_dim(i))
+        if i + 1 < c.num_stages:
+            linear(f"layers.{i}.downsample.reduction", 2 * dim, 4 * dim, bias=False)
+            layer_norm(f"layers.{i}.downsample.norm", 4 * dim if c.version == 1 else 2 * dim)
+    layer_norm("norm", c.num_features)
+    if c.num_classes:
+        linear("head", c.num_classes, c.num_features)
+    return shapes
+
+
+def fold(params: Mapping[str, Array], config: SwinConfig, convert: Callable[[Array], Array]) -> Weights:
+    """Nest flat parameters into one dictionary of arguments for each operation of the forward pass.
+
+    Parameters
+    ----------
+    params : mapping
+        Arrays under the names of `parameter_shapes`; ``norm.*`` may be missing, ``norm{i}.*`` (the
+        norm of stage i's feature map) may be there.
+    convert : callable
+        Takes a parameter to the dtype and device of the model.
+
+    Returns
+    -------
+    dict
+        ``patch_embed``, ``stages`` (each ``blocks`` and ``merge``), ``norm`` and ``head`` (or None),
+        ``level_norms`` by stage, ``absolute_pos_embed`` (or None).
+    """
+    c = config
+
+    def get(name: str) -> Array:
+        return convert(params[name]) if name in params else None
+
+    def layer_norm(name: str, prefix: str = "", eps: float = c.norm_eps) -> Weights:
+        return {f"{prefix}weight": get(f"{name}.weight"), f"{prefix}bias": get(f"{name}.bias"), "eps": eps}
+
+    def qkv_bias(attn: str) -> Array:
+        if c.version == 1 or not c.qkv_bias:
+            return get(f"{attn}.qkv.bias")
+        q, v = np.asarray(params[f"{attn}.q_bias"]), np.asarray(params[f"{attn}.v_bias"])
+        return convert(np.concatenate([q, np.zeros_like(q), v]))  # V2's keys have no bias
+
+    def block(i: int, j: int) -> Weights:
+        name = f"layers.{i}.blocks.{j}"
+        attn = layer_norm(f"{name}.norm1", "norm_") | {
+            "qkv_weight": get(f"{name}.attn.qkv.weight"),
+            "qkv_bias": qkv_bias(f"{name}.attn"),
+            "proj_weight": get(f"{name}.attn.proj.weight"),
+            "proj_bias": get(f"{name}.attn.proj.bias"),
+            "num_heads": c.num_heads[i],
+        }
+        if c.version == 1:
+            position = {"table": get(f"{name}.attn.relative_position_bias_table")}
+        else:
+            stored = np.asarray(params[f"{name}.attn.logit_scale"], dtype=np.float64).reshape(-1)
+            attn["logit_scale"] = convert(np.exp(np.minimum(stored, math.log(100.0))))
+            position = {
+                "fc1_weight": get(f"{name}.attn.cpb_mlp.0.weight"),
+                "fc1_bias": get(f"{name}.attn.cpb_mlp.0.bias"),
+                "fc2_weight": get(f"{name}.attn.cpb_mlp.2.weight"),
+            }
+        mlp = layer_norm(f"{name}.norm2", "norm_") | {
+            "fc1_weight": get(f"{name}.mlp.fc1.weight"),
+            "fc1_bias": get(f"{name}.mlp.fc1.bias"),
+            "fc2_weight": get(f"{name}.mlp.fc2.weight"),
+            "fc2_bias": get(f"{name}.mlp.fc2.bias"),
+        }
+        return {"attn": attn, "mlp": mlp, "position": position}
+
+    def merge(i: int) -> Weights | None:
+        name = f"layers.{i}.downsample"
+        if i + 1 == c.num_stages:
+            return None
+        return layer_norm(f"{name}.norm", "norm_", eps=1e-5) | {
+            "reduction_weight": get(f"{name}.reduction.weight"),
+            "post_norm": c.version == 2,
+        }
+
+    return {
+        "patch_embed": layer_norm("patch_embed.norm", "norm_", eps=1e-5)
+        | {
+            "weight": get("patch_embed.proj.weight"),
+            "bias": get("patch_embed.proj.bias"),
+            "patch_pad": c.patch_pad or "pad",
+        },
+        "absolute_pos_embed": get("absolute_pos_embed"),
+        "stages": [
+            {"blocks": [block(i, j) for j in range(depth)], "merge": merge(i)} for i, depth in enumerate(c.depths)
+        ],
+        "norm": layer_norm("norm") if "norm.weight" in params else None,
+        "level_norms": {i: layer_norm(f"norm{i}", eps=1e-5) for i in range(c.num_stages) if f"norm{i}.weight" in params},
+        "head": {"weight": get("head.weight"), "bias": get("head.bias")} if c.num_classes else None,
+    }
+
+
+def plan(weights: Weights, config: SwinConfig, height: int, width: int) -> Weights:
+    """Everything that depends on weights and on the size of the input, but not on its values.
+
+    Returns
+    -------
+    dict
+        ``absolute_pos_embed`` [1, H, W, C] or None, and ``stages``: for each block the window, shift,
+        pad_mode, position_bias [nH, N, N] and mask [nW, N, N] (or None) of its attention.
+    """
+    like = weights["patch_embed"]["weight"]
+    geometry = stage_geometry(config, height, width)
+    stages = []
+    for i, (stage, g) in enumerate(zip(weights["stages"], geometry, strict=True)):
+        padded = [size + -size % m for size, m in zip(g.grid, g.window, strict=True)]
+        mask = reference.shift_mask(*padded, g.window, g.shift, like=like) if any(g.shift) else None
+        stages.append(
+            [
+                {
+                    "position_bias": position_bias(block, config, i, g.window),
+                    "mask": mask if j % 2 else None,
+                    "window": g.window,
+                    "shift": g.shift if j % 2 else (0, 0),
+                    "pad_mode": config.pad_mode or "pad_roll",
+                }
+                for j, block in enumerate(stage["blocks"])
+            ]
+        )
+    ape = weights["absolute_pos_embed"]
+    if ape is not None:
+        ape = resize_position_embedding(ape, config, geometry[0].grid)
+    return {"absolute_pos_embed": ape, "stages": stages}
+
+
+def position_bias(block: Weights, config: SwinConfig, stage: int, window: Pair) -> Array:
+    """Bias [nH, N, N] of a block for a window; that of the configured window is computed once and kept.
+
+    V1 windows smaller than the table's take the part of the table that belongs to their offsets.
+    """
+    kept = block["position"].get("kept")
+    if kept is not None and kept[0] == window:
+        return kept[1]
+    weights = {k: v for k, v in block["position"].items() if k != "kept"}
+    if config.version == 1:
+        table = crop_table(weights["table"], config.windows[stage], window)
+        bias = reference.relative_position_bias(table, window)
+    else:
+        bias = reference.continuous_position_bias(
+            **weights, window=window, pretrained_window=config.pretrained_windows[stage]
+        )
+    if window == config.windows[stage]:
+        block["position"]["kept"] = (window, bias)
+    return bias
+
+
+def crop_table(table: Array, built: Pair, window: Pair) -> Array:
+    """Rows of a bias table that a smaller window's offsets use: the centre of the [2 Mh - 1, 2 Mw - 1] grid."""
+    if window == built:
+        return table
+    rows, columns = (slice(b - m, b + m - 1) for b, m in zip(built, window, strict=True))
+    grid = table.reshape(2 * built[0] - 1, 2 * built[1] - 1, -1)
+    return grid[rows, columns].reshape(-1, table.shape[-1])
+
+
+def resize_position_embedding(ape: Array, config: SwinConfig, grid: Pair) -> Array:
+    """Absolute position embedding [1, L, C] as [1, H, W, C], resized bicubically where the grid differs.
+
+    The filter is that of PyTorch's ``interpolate(mode="bicubic", align_corners=False)``: a = -0.75,
+    no antialiasing, edges repeated.
+    """
+    L, C = ape.shape[1:]
+    built = (math.isqrt(L),) * 2 if config.image is None else stage_geometry(config, *config.image)[0].grid
+    ape = ape.reshape(1, *built, C)
+    for axis, (old, new) in enumerate(zip(built, grid, strict=True), start=1):
+        if old != new:
+            matrix = _as(ape, _bicubic(old, new))
+            ape = reference.linear(ape.swapaxes(axis, -1), matrix).swapaxes(axis, -1)
+    return ape
+
+
+def _bicubic(old: int, new: int) -> np.ndarray:
+    """[new, old] matrix of bicubic interpolation along one axis."""
+    a = -0.75
+    centre = (np.arange(new) + 0.5) * (old / new) - 0.5
+    first = np.floor(centre).astype(int)
+    matrix = np.zeros((new, old))
+    for tap in range(-1, 3):
+        t = np.abs(centre - (first + tap))
+        near, far = ((a + 2) * t - (a + 3)) * t * t + 1, ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
+        np.add.at(matrix, (np.arange(new), np.clip(first + tap, 0, old - 1)), np.where(t <= 1, near, far))
+    return matrix
+
+
+def _as(like: Array, x: np.ndarray) -> Array:
+    xp = reference.array_namespace(like)
+    return xp.asarray(x, dtype=like.dtype, device=like.device)
