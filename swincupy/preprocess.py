@@ -38,7 +38,7 @@ _PRESET_OF = {
     "huggingface": "hf",
     "torchvision": "torchvision",
 }
-#: torchvision's shorter side by (version, img_size, embed_dim, depth of stage 2).
+#: torchvision's shorter side by (version, img_size, embed_dim, deepest stage).
 _TORCHVISION = {
     (1, 224, 96, 6): 232,
     (1, 224, 96, 18): 246,
@@ -47,6 +47,7 @@ _TORCHVISION = {
     (2, 256, 96, 18): 260,
     (2, 256, 128, 18): 272,
 }
+_MAX_PIXELS = 1 << 27  # of a resized image: a line of one pixel by 65000 is no reason to fill the memory
 _THREADS = min(4, os.cpu_count() or 1)  # decoding releases the interpreter's lock
 
 
@@ -148,12 +149,9 @@ class Preprocess:
     def pixels(self, image: Any, name: str = "image") -> NDArray[np.float32]:
         """One image as normalised pixels [C, H, W]; ``name`` stands for it in error messages."""
         loaded = load_image(image, self.mode, name)
-        try:
-            return self._normalise(np.asarray(_crop(self._resized(loaded), self.size)))
-        except (MemoryError, ValueError) as error:  # an image a million times as wide as high
-            raise InputError(f"preprocess: {name} of {loaded.size} pixels cannot be resized: {error}") from error
+        return self._normalise(np.asarray(_crop(self._resized(loaded, name), self.size)))
 
-    def _resized(self, image: Image) -> Image:
+    def _resized(self, image: Image, name: str) -> Image:
         from PIL import Image as pil
 
         if self.resize == "none":
@@ -170,6 +168,11 @@ class Preprocess:
             h, w = round(height / ratio), round(width / ratio)
         if (w, h) == image.size:
             return image
+        if w * h > _MAX_PIXELS:
+            raise InputError(
+                f"preprocess: {name} must not become larger than {_MAX_PIXELS} pixels, got {width} x {height}, which "
+                f"{self.resize_size} for the shorter side makes {w} x {h}; crop it first"
+            )
         return image.resize((w, h), pil.Resampling[self.interpolation.upper()])
 
     def _normalise(self, image: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -179,7 +182,7 @@ class Preprocess:
         out = np.empty((self.channels, *image.shape[:2]), np.float32)
         for c in range(self.channels):
             table = (scaled - np.float32(self.mean[c])) / np.float32(self.std[c])
-            np.take(table, planes[..., c], out=out[c])
+            np.take(table, planes[..., c], out=out[c], mode="clip")
         return out
 
 
@@ -211,21 +214,17 @@ def preset(name: Preset, img_size: int | Pair, config: SwinConfig | None = None)
     """
     size = pair(img_size, "img_size")
     large = min(size) >= 384
-    squash = False
-    to: Pair
+    squash = name == "hf" or (name == "ms" and large)
+    to: Pair = size
     if name == "timm":
-        to = size if large else _scaled(size, 1 / 0.9)
-    elif name == "ms":
-        squash = large
-        to = size if large else _scaled(size, 256 / 224)
-    elif name == "hf":
-        squash, to = True, size
-    elif name == "torchvision":
-        variant = (config.version, size[0], config.embed_dim, max(config.depths)) if config is not None else None
-        shorter = _TORCHVISION.get(variant) if variant is not None and size[0] == size[1] else None
-        to = (shorter, shorter) if shorter else _scaled(size, 256 / 224)
-    else:
+        to = size if large else _each_side(size, lambda side: math.floor(side / 0.9))
+    elif name == "torchvision" or (name == "ms" and not large):
+        to = _each_side(size, lambda side: int(256 / 224 * side))
+    elif name not in ("ms", "hf"):
         raise InputError(f"preset: name must be 'timm', 'ms', 'hf' or 'torchvision', got {name!r}")
+    if name == "torchvision" and config is not None and size[0] == size[1]:
+        shorter = _TORCHVISION.get((config.version, size[0], config.embed_dim, max(config.depths)))
+        to = (shorter, shorter) if shorter else to
     gray = config is not None and config.in_chans == 1
     return Preprocess(
         size=size,
@@ -269,13 +268,14 @@ def load_image(source: Any, mode: Literal["RGB", "L"] = "RGB", name: str | None 
         Not an image, unreadable, truncated, empty, or larger than Pillow's limit for decompression bombs.
     """
     from PIL import Image as pil
+    from PIL import UnidentifiedImageError
 
     if isinstance(source, (str, os.PathLike)):
         name = os.fsdecode(source)
     name = name or "image"
     if isinstance(source, pil.Image):
         return _converted(source, mode, name)
-    if hasattr(source, "__array__") or hasattr(source, "__array_interface__"):
+    if hasattr(source, "__array__"):
         return _converted(_from_array(source, name), mode, name)
     if isinstance(source, (bytes, bytearray, memoryview)):
         source = io.BytesIO(source)
@@ -293,14 +293,10 @@ def load_image(source: Any, mode: Literal["RGB", "L"] = "RGB", name: str | None 
     except InputError:
         raise
     except FileNotFoundError:
-        raise InputError(f"load_image: {name} must be a file, there is none of that name") from None
-    except pil.UnidentifiedImageError:
-        raise InputError(
-            f"load_image: {name} must be an image in a format that Pillow reads, got something else"
-        ) from None
-    except (
-        Exception
-    ) as error:  # decoders fail on broken data in their own ways: OSError, SyntaxError, struct.error, ...
+        raise InputError(f"load_image: {name} must be an existing file, got none of that name") from None
+    except UnidentifiedImageError:
+        raise InputError(f"load_image: {name} must be an image in a format that Pillow reads") from None
+    except Exception as error:  # decoders fail on broken data each in its way: OSError, SyntaxError, struct.error
         raise InputError(f"load_image: {name} cannot be read: {error}") from error
 
 
@@ -380,11 +376,11 @@ def _each(images: Any) -> Iterator[tuple[Any, str]]:
 
 
 def _is_one(images: Any) -> bool:
-    if isinstance(images, (str, bytes, bytearray, memoryview, os.PathLike)) or hasattr(images, "read"):
+    from PIL.Image import Image
+
+    if isinstance(images, (str, bytes, bytearray, memoryview, os.PathLike, Image)) or hasattr(images, "read"):
         return True
-    if hasattr(images, "__array__"):
-        return getattr(images, "ndim", 0) in (2, 3)
-    return hasattr(images, "__array_interface__")  # a PIL image of old has no __array__
+    return hasattr(images, "__array__") and getattr(images, "ndim", 0) in (2, 3)
 
 
 def _from_array(source: Any, name: str) -> Image:
@@ -415,18 +411,17 @@ def _converted(image: Image, mode: Literal["RGB", "L"], name: str) -> Image:
 
     if 0 in image.size:
         raise InputError(f"load_image: {name} must have at least one pixel, got {image.size[0]} x {image.size[1]}")
-    try:
-        image.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"load_image: {name} cannot be read: {error}") from error
     if image.mode == "F":
         raise InputError(f"load_image: {name} must hold integers, got 32-bit floats, whose range nothing tells")
-    if image.mode.startswith("I"):  # 16 bits in the file; Pillow itself would cut all above 255 to white
-        deep = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-        image = pil.fromarray(((deep * 255 + 32767) // 65535).astype(np.uint8))
-    elif image.mode == "P":
-        image = image.convert("RGBA")  # what the palette says, without a warning about its transparency
-    return image.convert(mode) if image.mode != mode else image
+    try:
+        if image.mode.startswith("I"):  # 16 bits in the file; Pillow itself would cut all above 255 to white
+            deep = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+            image = pil.fromarray(((deep * 255 + 32767) // 65535).astype(np.uint8))
+        elif image.mode == "P":
+            image = image.convert("RGBA")  # what the palette says, without a warning about its transparency
+        return image.convert(mode)  # a copy even where the mode is right: the file is closed after this
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"load_image: {name} cannot be read: {error}") from error
 
 
 def _crop(image: Image, size: Pair) -> Image:
@@ -440,8 +435,8 @@ def _crop(image: Image, size: Pair) -> Image:
     return image.crop((left, top, left + w, top + h))
 
 
-def _scaled(size: Pair, factor: float) -> Pair:
-    return math.floor(size[0] * factor), math.floor(size[1] * factor)
+def _each_side(size: Pair, rule: Callable[[int], int]) -> Pair:
+    return rule(size[0]), rule(size[1])
 
 
 def _check(p: Preprocess) -> None:

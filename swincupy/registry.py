@@ -251,7 +251,7 @@ def _from_hub(found: Entry, repo: str, progress: bool) -> Path:
     )
     try:
         import huggingface_hub
-        from huggingface_hub import utils
+        from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     except ImportError:
         raise DownloadError(
             f"{found.name}: downloading needs huggingface_hub, which is not installed; "
@@ -263,9 +263,9 @@ def _from_hub(found: Entry, repo: str, progress: bool) -> Path:
         return Path(cached)
     if not huggingface_hub.constants.HF_HUB_OFFLINE and not _reachable(huggingface_hub.constants.ENDPOINT):
         raise DownloadError(f"{found.name}: {huggingface_hub.constants.ENDPOINT} cannot be reached; {advice}")
-    quiet = not progress and not utils.are_progress_bars_disabled()
+    quiet = not progress and not are_progress_bars_disabled()
     if quiet:
-        utils.disable_progress_bars()
+        disable_progress_bars()
     try:
         return Path(huggingface_hub.hf_hub_download(repo, found.file))
     except Exception as error:  # its errors, its HTTP library's, the file system's: all mean that there is no file
@@ -273,7 +273,7 @@ def _from_hub(found: Entry, repo: str, progress: bool) -> Path:
         raise DownloadError(f"{found.name}: could not be downloaded ({reason}); {advice}") from error
     finally:
         if quiet:
-            utils.enable_progress_bars()
+            enable_progress_bars()
 
 
 def _reachable(url: str) -> bool:
