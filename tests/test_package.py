@@ -62,7 +62,7 @@ def test_the_wheel_holds_the_package_and_its_resources_and_no_more(root, distrib
     for file in (root / "cuda").rglob("*"):
         assert file.is_dir() or f"swincupy/{file.relative_to(root).as_posix()}" in names
     weights = {name.split("/")[-1] for name in names if name.startswith("swincupy/weights/")}
-    assert weights == {"README.md", "manifest.json", "swin_digits.safetensors"}
+    assert weights == {"swin_digits.md", "manifest.json", "swin_digits.safetensors"}
 
 
 def test_the_source_distribution_is_complete(root, distributions):
