@@ -28,15 +28,27 @@ BLOCK = {1: block_v1, 2: block_v2}
 
 def stages(x: Array, w: dict[str, Any], plan: dict[str, Any], block: Any, ops: Any) -> Iterator[Array]:
     """Feature map of each stage, [B, H_i, W_i, C_i], before its patch merging. x [B, Cin, Hpx, Wpx]."""
-    z = ops.patch_embed(x, **w["patch_embed"])  # [B, H, W, C]
-    if plan["absolute_pos_embed"] is not None:
-        z = z + plan["absolute_pos_embed"]
+    z = ops.patch_embed(x, **w["patch_embed"], position_embedding=plan["position_embedding"])  # [B, H, W, C]
     for stage, grids in zip(w["stages"], plan["stages"], strict=True):
         for weights, grid in zip(stage["blocks"], grids, strict=True):
             z = block(z, weights, grid, ops)
         yield z
         if stage["merge"] is not None:
             z = ops.patch_merge(z, **stage["merge"])  # [B, H / 2, W / 2, 2 C]
+
+
+def features(
+    x: Array, w: dict[str, Any], plan: dict[str, Any], block: Any, ops: Any, *, wanted: tuple[int, ...], norm: bool
+) -> list[Array]:
+    """Feature maps of the wanted stages, [B, H_i, W_i, C_i], through their own LayerNorms where asked."""
+    maps = {}
+    for i, z in enumerate(stages(x, w, plan, block, ops)):
+        level = w["level_norms"].get(i) if norm else None
+        if i in wanted:
+            maps[i] = z if level is None else ops.layer_norm(z, **level)
+        if i == max(wanted):
+            break
+    return [maps[i] for i in wanted]
 
 
 def embed(x: Array, w: dict[str, Any], plan: dict[str, Any], block: Any, ops: Any) -> Array:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from swincupy import forward
 from swincupy.config import SwinConfig
+from swincupy.engine import Eager
 from swincupy.errors import ConfigError, DeviceError, InputError
 from swincupy.ops import reference, tiled
-from swincupy.parameters import fold, plan
 
 if TYPE_CHECKING:
     from swincupy.preprocess import Preprocess
@@ -23,7 +21,6 @@ Array = Any
 Images = Any  # an array, an image (path, file, PIL), or a sequence of images
 
 _DTYPES = {"fp32": np.float32, "fp64": np.float64}
-_PLANS = 8  # input sizes whose masks and biases are kept
 
 
 class Prediction(NamedTuple):
@@ -143,12 +140,8 @@ class SwinTransformer:
         self.preprocess = preprocess or for_checkpoint(None, layout, self.config)
         self._params = dict(params)
         self._xp = _namespace(self.device)
-        self._ops = tiled if self._xp is np else reference
         self._dtype = _DTYPES[self.precision]
-        self._block = forward.BLOCK[config.version]
-        self._weights = fold(self._params, self.config, self._asarray)
-        self._plans: OrderedDict[tuple[int, int], Any] = OrderedDict()
-        self._lock = threading.Lock()
+        self._engine = Eager(self._params, self.config, tiled if self._xp is np else reference, self._asarray)
 
     def __repr__(self) -> str:
         c = self.config
@@ -176,7 +169,7 @@ class SwinTransformer:
         [B, num_classes]
         """
         self._need_head("model(x)")
-        return self._answer(x, self._run(forward.logits, self._pixels(x)))
+        return self._answer(x, self._engine.run(forward.logits, self._pixels(x)))
 
     def embed(
         self, x: Images | Iterable[Any], *, normalize: bool = False, batch_size: int = 64, progress: bool = False
@@ -206,10 +199,10 @@ class SwinTransformer:
         self, x: Images | Iterable[Any], *, normalize: bool = False, batch_size: int = 64, progress: bool = False
     ) -> Iterator[Array]:
         """`embed`, yielding the embeddings of ``batch_size`` images at a time."""
-        if self._weights["norm"] is None:
+        if self._engine.weights["norm"] is None:
             raise InputError("embed: the checkpoint has no final norm (a detection backbone); use features(norm=True)")
         for batch in self._batches(x, batch_size, progress):
-            y = self._run(forward.embed, self._pixels(batch))
+            y = self._engine.run(forward.embed, self._pixels(batch))
             if normalize:
                 y = y / self._xp.sqrt(self._xp.sum(y * y, axis=-1, keepdims=True))
             yield self._answer(batch, y)
@@ -245,17 +238,8 @@ class SwinTransformer:
             raise InputError(f"features: out_indices must be stages from 0 to {stages - 1}, got {out_indices!r}")
         if layout not in ("NCHW", "NHWC"):
             raise InputError(f"features: layout must be 'NCHW' or 'NHWC', got {layout!r}")
-        pixels = self._pixels(x)
-        maps = {}
-        for i, z in enumerate(forward.stages(pixels, self._weights, self._plan(pixels), self._block, self._ops)):
-            if i in wanted:
-                level_norm = self._weights["level_norms"].get(i) or (self._weights["norm"] if i == stages - 1 else None)
-                if norm and level_norm is not None:
-                    z = self._ops.layer_norm(z, **level_norm)
-                maps[i] = self._answer(x, self._xp.moveaxis(z, -1, 1) if layout == "NCHW" else z)
-            if i == max(wanted):
-                break
-        return [maps[i] for i in wanted]
+        maps = self._engine.run(forward.features, self._pixels(x), wanted=tuple(wanted), norm=norm)
+        return [self._answer(x, self._xp.moveaxis(z, -1, 1) if layout == "NCHW" else z) for z in maps]
 
     def classify(
         self, images: Images | Iterable[Any], topk: int = 5, *, batch_size: int = 64, progress: bool = False
@@ -277,7 +261,7 @@ class SwinTransformer:
             raise InputError(f"classify: topk must be at least 1, got {topk}")
         found = []
         for batch in self._batches(images, batch_size, progress):
-            probabilities = reference.softmax(self._run(forward.logits, self._pixels(batch)))
+            probabilities = reference.softmax(self._engine.run(forward.logits, self._pixels(batch)))
             for row in probabilities if self._xp is np else probabilities.get():
                 best = np.argsort(-row, kind="stable")[:topk]
                 found.append([Prediction(self._label(i), float(row[i]), int(i)) for i in best])
@@ -293,7 +277,7 @@ class SwinTransformer:
         return f"class {index}" if self.labels is None else self.labels[index]
 
     def _need_head(self, what: str) -> None:
-        if self._weights["head"] is None or self._weights["norm"] is None:
+        if self._engine.weights["head"] is None or self._engine.weights["norm"] is None:
             raise InputError(f"{what}: the checkpoint has no classification head; use embed or features")
 
     def _batches(self, x: Any, batch_size: int, progress: bool) -> Iterator[Any]:
@@ -335,21 +319,6 @@ class SwinTransformer:
             raise InputError(f"model: x must be [B, {channels}, H, W], got shape {shape}{hint}")
         if 0 in shape:
             raise InputError(f"model: x must hold at least one image and one pixel, got shape {shape}")
-
-    def _plan(self, pixels: Array) -> Any:
-        """The plan of an input size: masks and biases, kept for the last few sizes."""
-        size = (pixels.shape[2], pixels.shape[3])
-        with self._lock:
-            found = self._plans.pop(size, None)
-            if found is None:
-                found = plan(self._weights, self.config, *size)
-            self._plans[size] = found
-            while len(self._plans) > _PLANS:
-                self._plans.popitem(last=False)
-        return found
-
-    def _run(self, what: Callable[..., Array], pixels: Array) -> Array:
-        return what(pixels, self._weights, self._plan(pixels), self._block, self._ops)
 
     def _asarray(self, x: Any) -> Array:
         return self._xp.asarray(_host(x) if self._xp is np else x, dtype=self._dtype)

@@ -85,7 +85,8 @@ def fold(params: Mapping[str, Array], config: SwinConfig, convert: Callable[[Arr
     -------
     dict
         ``patch_embed``, ``stages`` (each ``blocks`` and ``merge``), ``norm`` and ``head`` (or None),
-        ``level_norms`` by stage, ``absolute_pos_embed`` (or None).
+        ``level_norms`` by stage (the last falls back to ``norm``), ``position_embedding`` (or None).
+        What `plan` works on, bias tables and the absolute position embedding, is not converted.
     """
     c = config
 
@@ -111,14 +112,14 @@ def fold(params: Mapping[str, Array], config: SwinConfig, convert: Callable[[Arr
             "num_heads": c.num_heads[i],
         }
         if c.version == 1:
-            position = {"table": get(f"{name}.attn.relative_position_bias_table")}
+            position = {"table": params[f"{name}.attn.relative_position_bias_table"]}
         else:
             stored = np.asarray(params[f"{name}.attn.logit_scale"], dtype=np.float64).reshape(-1)
             attn["logit_scale"] = convert(np.exp(np.minimum(stored, math.log(100.0))))
             position = {
-                "fc1_weight": get(f"{name}.attn.cpb_mlp.0.weight"),
-                "fc1_bias": get(f"{name}.attn.cpb_mlp.0.bias"),
-                "fc2_weight": get(f"{name}.attn.cpb_mlp.2.weight"),
+                "fc1_weight": params[f"{name}.attn.cpb_mlp.0.weight"],
+                "fc1_bias": params[f"{name}.attn.cpb_mlp.0.bias"],
+                "fc2_weight": params[f"{name}.attn.cpb_mlp.2.weight"],
             }
         mlp = layer_norm(f"{name}.norm2", "norm_") | {
             "fc1_weight": get(f"{name}.mlp.fc1.weight"),
@@ -137,6 +138,9 @@ def fold(params: Mapping[str, Array], config: SwinConfig, convert: Callable[[Arr
             "post_norm": c.version == 2,
         }
 
+    last = f"norm{c.num_stages - 1}"
+    if f"{last}.weight" not in params:
+        last = "norm"
     return {
         "patch_embed": layer_norm("patch_embed.norm", "norm_", eps=1e-5)
         | {
@@ -144,35 +148,49 @@ def fold(params: Mapping[str, Array], config: SwinConfig, convert: Callable[[Arr
             "bias": get("patch_embed.proj.bias"),
             "patch_pad": c.patch_pad or "pad",
         },
-        "absolute_pos_embed": get("absolute_pos_embed"),
+        "position_embedding": params.get("absolute_pos_embed"),
         "stages": [
             {"blocks": [block(i, j) for j in range(depth)], "merge": merge(i)} for i, depth in enumerate(c.depths)
         ],
         "norm": layer_norm("norm") if "norm.weight" in params else None,
-        "level_norms": {i: layer_norm(f"norm{i}", eps=1e-5) for i in range(c.num_stages) if f"norm{i}.weight" in params},
+        "level_norms": {
+            i: layer_norm(name, eps=1e-5)
+            for i, name in enumerate([*(f"norm{i}" for i in range(c.num_stages - 1)), last])
+            if f"{name}.weight" in params
+        },
         "head": {"weight": get("head.weight"), "bias": get("head.bias")} if c.num_classes else None,
     }
 
 
-def plan(weights: Weights, config: SwinConfig, height: int, width: int) -> Weights:
+def plan(
+    weights: Weights, config: SwinConfig, height: int, width: int, convert: Callable[[np.ndarray], Array]
+) -> Weights:
     """Everything that depends on weights and on the size of the input, but not on its values.
+
+    Parameters
+    ----------
+    weights : dict
+        Of `fold`.
+    height, width : int
+        Pixels.
+    convert : callable
+        Takes an array to the dtype and device of the model.
 
     Returns
     -------
     dict
-        ``absolute_pos_embed`` [1, H, W, C] or None, and ``stages``: for each block the window, shift,
+        ``position_embedding`` [1, H, W, C] or None, and ``stages``: for each block the window, shift,
         pad_mode, position_bias [nH, N, N] and mask [nW, N, N] (or None) of its attention.
     """
-    like = weights["patch_embed"]["weight"]
     geometry = stage_geometry(config, height, width)
     stages = []
     for i, (stage, g) in enumerate(zip(weights["stages"], geometry, strict=True)):
         padded = [size + -size % m for size, m in zip(g.grid, g.window, strict=True)]
-        mask = reference.shift_mask(*padded, g.window, g.shift, like=like) if any(g.shift) else None
+        mask = convert(reference.shift_mask(*padded, g.window, g.shift)) if any(g.shift) else None
         stages.append(
             [
                 {
-                    "position_bias": position_bias(block, config, i, g.window),
+                    "position_bias": position_bias(block["position"], config, i, g.window, convert),
                     "mask": mask if j % 2 else None,
                     "window": g.window,
                     "shift": g.shift if j % 2 else (0, 0),
@@ -181,34 +199,35 @@ def plan(weights: Weights, config: SwinConfig, height: int, width: int) -> Weigh
                 for j, block in enumerate(stage["blocks"])
             ]
         )
-    ape = weights["absolute_pos_embed"]
-    if ape is not None:
-        ape = resize_position_embedding(ape, config, geometry[0].grid)
-    return {"absolute_pos_embed": ape, "stages": stages}
+    embedding = weights["position_embedding"]
+    if embedding is not None:
+        embedding = convert(resize_position_embedding(embedding, config, geometry[0].grid))
+    return {"position_embedding": embedding, "stages": stages}
 
 
-def position_bias(block: Weights, config: SwinConfig, stage: int, window: Pair) -> Array:
+def position_bias(
+    position: Weights, config: SwinConfig, stage: int, window: Pair, convert: Callable[[np.ndarray], Array]
+) -> Array:
     """Bias [nH, N, N] of a block for a window; that of the configured window is computed once and kept.
 
     V1 windows smaller than the table's take the part of the table that belongs to their offsets.
     """
-    kept = block["position"].get("kept")
-    if kept is not None and kept[0] == window:
-        return kept[1]
-    weights = {k: v for k, v in block["position"].items() if k != "kept"}
+    if window == config.windows[stage] and "kept" in position:
+        return position["kept"]
+    weights = {k: np.asarray(v, np.float64) for k, v in position.items() if k != "kept"}
     if config.version == 1:
-        table = crop_table(weights["table"], config.windows[stage], window)
-        bias = reference.relative_position_bias(table, window)
+        bias = reference.relative_position_bias(crop_table(weights["table"], config.windows[stage], window), window)
     else:
         bias = reference.continuous_position_bias(
             **weights, window=window, pretrained_window=config.pretrained_windows[stage]
         )
+    bias = convert(bias)
     if window == config.windows[stage]:
-        block["position"]["kept"] = (window, bias)
+        position["kept"] = bias
     return bias
 
 
-def crop_table(table: Array, built: Pair, window: Pair) -> Array:
+def crop_table(table: np.ndarray, built: Pair, window: Pair) -> np.ndarray:
     """Rows of a bias table that a smaller window's offsets use: the centre of the [2 Mh - 1, 2 Mw - 1] grid."""
     if window == built:
         return table
@@ -217,7 +236,7 @@ def crop_table(table: Array, built: Pair, window: Pair) -> Array:
     return grid[rows, columns].reshape(-1, table.shape[-1])
 
 
-def resize_position_embedding(ape: Array, config: SwinConfig, grid: Pair) -> Array:
+def resize_position_embedding(ape: np.ndarray, config: SwinConfig, grid: Pair) -> np.ndarray:
     """Absolute position embedding [1, L, C] as [1, H, W, C], resized bicubically where the grid differs.
 
     The filter is that of PyTorch's ``interpolate(mode="bicubic", align_corners=False)``: a = -0.75,
@@ -225,10 +244,10 @@ def resize_position_embedding(ape: Array, config: SwinConfig, grid: Pair) -> Arr
     """
     L, C = ape.shape[1:]
     built = (math.isqrt(L),) * 2 if config.image is None else stage_geometry(config, *config.image)[0].grid
-    ape = ape.reshape(1, *built, C)
+    ape = np.asarray(ape, np.float64).reshape(1, *built, C)
     for axis, (old, new) in enumerate(zip(built, grid, strict=True), start=1):
         if old != new:
-            matrix = _as(ape, _bicubic(old, new))
+            matrix = _bicubic(old, new)
             ape = reference.linear(ape.swapaxes(axis, -1), matrix).swapaxes(axis, -1)
     return ape
 
@@ -245,7 +264,3 @@ def _bicubic(old: int, new: int) -> np.ndarray:
         np.add.at(matrix, (np.arange(new), np.clip(first + tap, 0, old - 1)), np.where(t <= 1, near, far))
     return matrix
 
-
-def _as(like: Array, x: np.ndarray) -> Array:
-    xp = reference.array_namespace(like)
-    return xp.asarray(x, dtype=like.dtype, device=like.device)

@@ -122,11 +122,12 @@ def patch_embed(
     bias: Array | None = None,
     norm_weight: Array | None = None,
     norm_bias: Array | None = None,
+    position_embedding: Array | None = None,
     *,
     patch_pad: Literal["pad", "crop"] = "pad",
     eps: float = 1e-5,
 ) -> Array:
-    """Linear embedding of non-overlapping patches: ``LN(W vec(patch) + b)``.
+    """Linear embedding of non-overlapping patches: ``LN(W vec(patch) + b) + position``.
 
     Parameters
     ----------
@@ -136,6 +137,7 @@ def patch_embed(
     bias : [C], optional
     norm_weight, norm_bias : [C], optional
         No LayerNorm where they are None.
+    position_embedding : [1, H, W, C], optional
     patch_pad : {"pad", "crop"}
         Zero-pad the pixels at the bottom and right to whole patches, or drop those that do not fill one.
 
@@ -157,7 +159,9 @@ def patch_embed(
         raise InputError(f"patch_embed: x must hold at least one {ph} x {pw} patch, got {hpx} x {wpx} pixels")
     x = xp.permute_dims(xp.reshape(x, (B, Cin, H, ph, W, pw)), (0, 2, 4, 1, 3, 5))
     x = linear(xp.reshape(x, (B, H, W, Cin * ph * pw)), xp.reshape(weight, (C, -1)), bias)
-    return x if norm_weight is None else layer_norm(x, norm_weight, norm_bias, eps=eps)
+    if norm_weight is not None:
+        x = layer_norm(x, norm_weight, norm_bias, eps=eps)
+    return x if position_embedding is None else x + position_embedding
 
 
 def window_partition(x: Array, window: Pair) -> Array:
