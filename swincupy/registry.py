@@ -155,13 +155,11 @@ def entry(name: str) -> Entry:
         No checkpoint has that name.
     """
     manifest = _manifest()
-    if name in manifest:
-        return manifest[name]
+    if (found := _exact(name)) is not None:
+        return found
     architecture = _architecture(name)
     for candidate in manifest.values():
         if architecture is not None and candidate.architecture == architecture:
-            return candidate
-        if candidate.release is not None and candidate.release.endswith(f" {name}.pth"):
             return candidate
     if re.search(r"[/\\]|\.(safetensors|pth|pt|bin|ckpt)$", name):
         raise CheckpointError(f"load: source must be a file or a published name, got {name!r}; there is no such file")
@@ -178,9 +176,10 @@ def named_config(name: str) -> SwinConfig:
     CheckpointError
         No published architecture has that name.
     """
-    if name in _manifest():
-        return config_for(name)
-    stem = name.rpartition("/")[2].partition(".")[0].lower().replace("-", "_")
+    stem = name.rpartition("/")[2].removesuffix(".pth").removesuffix(".safetensors")
+    if _exact(stem) is not None:
+        return config_for(stem)
+    stem = stem.partition(".")[0].lower().replace("-", "_")
     architecture = _architecture(re.sub(r"(_22k|_22kto1k)?(_finetune|_ft)?$", "", stem))
     if architecture is None:
         raise CheckpointError(f"named_config: name must be a published one, got {name!r}; {_advice(name, CONFIGS)}")
@@ -296,6 +295,14 @@ def _manifest() -> dict[str, Entry]:
     path = resource_dir("weights") / "manifest.json"
     entries = [Entry(**fields) for fields in json.loads(path.read_text(encoding="utf-8"))["checkpoints"]]
     return {e.name: e for e in entries}
+
+
+def _exact(name: str) -> Entry | None:
+    """The checkpoint of that full name, or whose original file is ``<name>.pth``; architectures go first."""
+    found = _manifest().get(name)
+    if found is None and name not in _TABLE:
+        found = next((e for e in _manifest().values() if e.release and e.release.endswith(f" {name}.pth")), None)
+    return found
 
 
 def _architecture(name: str) -> str | None:

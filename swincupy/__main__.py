@@ -1,0 +1,7 @@
+"""``python -m swincupy`` is the command line."""
+
+import sys
+
+from swincupy.cli import main
+
+sys.exit(main())

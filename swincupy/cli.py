@@ -1,0 +1,402 @@
+"""The command line: ``swincupy classify | embed | convert | inspect | models | doctor``.
+
+Results go to standard output, all else to standard error. Exit codes: 0 done, 1 something failed,
+2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from swincupy.errors import InputError, SwincupyError
+
+if TYPE_CHECKING:
+    from swincupy import Prediction, SwinTransformer
+    from swincupy.config import SwinConfig
+
+#: Files of a folder that are taken for images.
+SUFFIXES = (
+    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm"),
+    *(".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names of files that the terminal cannot show
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("swincupy: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has had enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (SwincupyError, OSError, MemoryError) as error:
+        if args.debug:
+            raise
+        _complain(f"error: {error or type(error).__name__}")
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    as_json = argparse.ArgumentParser(add_help=False)
+    as_json.add_argument("--json", action="store_true", help="print JSON for programs")
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("--model", default="demo", help="file, folder or published name (default: %(default)s)")
+    model.add_argument("--preset", choices=("timm", "ms", "hf", "torchvision"), help="preprocessing of another source")
+    model.add_argument("--device", help='"cpu", "cuda" or "cuda:N" (default: what `swincupy doctor` says)')
+    model.add_argument("--precision", default="fp32", help="(default: %(default)s)")
+    model.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="(default: %(default)s)")
+
+    parser = argparse.ArgumentParser(prog="swincupy", description="Swin Transformers over plain arrays.")
+    parser.add_argument("--version", action=_Version)
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(name: str, run: Any, help: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help, parents=[common, *parents])
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("classify", _classify, "name what is in images", model, as_json)
+    sub.add_argument("images", nargs="+", help="files, folders or patterns")
+    sub.add_argument("--topk", type=_positive, default=5, metavar="K", help="classes per image (default: %(default)s)")
+    sub.add_argument("--recursive", action="store_true", help="also folders in folders")
+
+    sub = command("embed", _embed, "write one vector per image to a file", model)
+    sub.add_argument(
+        "images",
+        nargs="+",
+        help='files, folders, patterns, or .txt lists of files, one on a line ("-": standard input)',
+    )
+    sub.add_argument("-o", "--output", type=Path, required=True, help="file to write, .npy or .safetensors")
+    sub.add_argument("--normalize", action="store_true", help="vectors of length 1")
+    sub.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
+    sub.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read")
+    sub.add_argument("--recursive", action="store_true", help="also folders in folders")
+
+    sub = command("convert", _convert, "write a checkpoint of any layout as canonical safetensors")
+    sub.add_argument("source", help="file, folder or published name")
+    sub.add_argument("target", type=Path, help=".safetensors file to write")
+    which = sub.add_mutually_exclusive_group()
+    which.add_argument("--name", help="published architecture that the source is, where its arrays do not tell")
+    which.add_argument("--config", type=Path, help="JSON file with SwinConfig's fields, for the same purpose")
+
+    sub = command("inspect", _inspect, "say what a checkpoint holds, without loading its arrays", as_json)
+    sub.add_argument("file", help="file, folder or published name")
+    sub.add_argument("--check", action="store_true", help="read the arrays too, and look for NaN and infinity")
+
+    command("models", _models, "list the published checkpoints", as_json)
+    command("doctor", _doctor, "say what is installed, what will be used, and whether it works", as_json)
+    return parser
+
+
+class _Version(argparse.Action):
+    """``--version``, asking for the version only when it is wanted."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="print the version")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from swincupy import __version__
+
+        print(f"swincupy {__version__}")
+        parser.exit()
+
+
+# ------------------------------------------------------------------ classify
+
+
+def _classify(args: argparse.Namespace) -> int:
+    from swincupy.preprocess import stream
+
+    paths = find_images(args.images, recursive=args.recursive)
+    model = _load(args)
+    bad: dict[int, str] = {}
+    batches = stream(paths, model.preprocess, args.batch_size, on_error=lambda i, e: bad.update({i: str(e)}))
+    found = (prediction for batch in batches for prediction in model.classify(batch, args.topk))
+    report = []
+    # stream leaves bad images out: ask for predictions first, then walk the paths that are known to be done
+    done = 0
+    for predictions in found:
+        while done in bad:
+            report.append(_show(paths[done], bad[done], args.json))
+            done += 1
+        report.append(_show(paths[done], predictions, args.json))
+        done += 1
+    for i in range(done, len(paths)):
+        report.append(_show(paths[i], bad[i], args.json))
+    if args.json:
+        print(json.dumps(report, indent=2))
+    return 1 if bad else 0
+
+
+def _show(path: str, result: list[Prediction] | str, as_json: bool) -> dict[str, Any]:
+    """One image's predictions, or its error, as text now or as a JSON value for later."""
+    if isinstance(result, str):
+        _complain(f"error: {result}")
+        return {"image": path, "error": result}
+    if not as_json:
+        print(path)
+        for p in result:
+            print(f"  {100 * p.score:6.2f} %  {p.label}")
+    return {"image": path, "predictions": [p._asdict() for p in result]}
+
+
+# --------------------------------------------------------------------- embed
+
+
+def _embed(args: argparse.Namespace) -> int:
+    from swincupy.journal import Journal, check_output
+
+    check_output(args.output)
+    paths = find_images(args.images, recursive=args.recursive, lists=True)
+    if args.output.suffix == ".npy" and (odd := [p for p in paths if "\n" in p or "\r" in p]):
+        raise InputError(f"embed: names must be of one line to be listed beside a .npy file, got {odd[0]!r}")
+    model = _load(args)
+    job = {
+        "swincupy": "embeddings",
+        "model": _fingerprint(args.model),
+        "preprocess": model.preprocess.to_dict(),
+        "precision": model.precision,
+        "normalize": args.normalize,
+    }
+    journal = Journal(args.output, job, model.config.num_features, resume=args.resume)
+    try:
+        bad = _fill(journal, paths, model, args)
+        good = [p for p in paths if p in journal]
+        if not good:
+            raise InputError(f"embed: images must hold one that can be read, got {len(paths)} that cannot")
+        journal.finish(good, {"model": str(args.model), "normalize": json.dumps(args.normalize)})
+    except BaseException:
+        journal.close()
+        if len(journal):
+            _complain(f"{len(journal)} finished embeddings are kept in {journal.path}; continue with --resume")
+        raise
+    left_out = f", {bad} left out" if bad else ""
+    _complain(f"wrote {len(good)} embeddings of length {model.config.num_features} to {args.output}{left_out}")
+    return 0
+
+
+def _fill(journal: Any, paths: list[str], model: SwinTransformer, args: argparse.Namespace) -> int:
+    """Embed the images that the journal lacks; the number of bad ones, or the error of the first."""
+    from tqdm import tqdm
+
+    from swincupy.preprocess import stream
+
+    todo = [p for p in dict.fromkeys(paths) if p not in journal]
+    bad: set[int] = set()
+    # disable=None: no bar where standard error is not a terminal
+    bar = tqdm(total=len(paths), initial=len(paths) - len(todo), unit="image", file=sys.stderr, disable=None)
+
+    def report(index: int, error: InputError) -> None:
+        if not args.skip_bad:
+            raise InputError(f"{error}; --skip-bad leaves such images out")
+        bad.add(index)
+        bar.clear()
+        _complain(f"skipped: {error}")
+        bar.update()
+
+    done = 0
+    with bar:
+        for batch in stream(todo, model.preprocess, args.batch_size, on_error=report):
+            rows = model.embed(batch, normalize=args.normalize, batch_size=args.batch_size)
+            names: list[str] = []
+            while len(names) < len(rows):
+                if done not in bad:
+                    names.append(todo[done])
+                done += 1
+            journal.add(names, rows)
+            bar.update(len(names))
+    return len(bad)
+
+
+def _fingerprint(source: str) -> list[Any]:
+    """What tells one version of a model's files from another without reading them."""
+    path = Path(_path(source))
+    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+
+
+# ------------------------------------------------------- convert and inspect
+
+
+def _convert(args: argparse.Namespace) -> int:
+    import swincupy
+
+    if args.target.suffix != ".safetensors":
+        raise InputError(f"convert: target must end in .safetensors, got {args.target}")
+    config: SwinConfig | None = None
+    if args.name:
+        from swincupy.registry import named_config
+
+        config = named_config(args.name)
+    elif args.config:
+        try:
+            config = swincupy.SwinConfig.from_dict(json.loads(args.config.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"convert: {args.config} must hold SwinConfig's fields as JSON; {error}") from error
+    model = swincupy.load(args.source, config=config)
+    model.save(args.target)
+    _complain(f"wrote {args.target}: {model.num_parameters:,} parameters, from {model.layout} layout")
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from swincupy.checkpoint import inspect_checkpoint
+
+    found = inspect_checkpoint(_path(args.file), check_values=args.check)
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        print(f"layout      {found['layout']}")
+        print(f"parameters  {found['parameters']:,}")
+        if found["config"]:
+            for name, value in found["config"].items():
+                print(f"  {name:<24}{json.dumps(value)}")
+        else:
+            print(f"config      unknown: {found['config_error']}")
+        width = max((len(t["name"]) for t in found["tensors"]), default=0)
+        print(f"tensors     {len(found['tensors'])}")
+        for t in found["tensors"]:
+            print(f"  {t['name']:<{width}}  {t['dtype']:<9} {' x '.join(map(str, t['shape'])) or 'scalar'}")
+        if found["ignored"]:
+            print(f"ignored     {', '.join(found['ignored'])}")
+    for problem in found["problems"]:
+        _complain(f"problem: {problem}")
+    return 1 if found["problems"] else 0
+
+
+# --------------------------------------------------------- models and doctor
+
+
+def _models(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from swincupy import registry
+
+    entries = [registry.entry(name) for name in registry.names()]
+    if args.json:
+        print(json.dumps([dataclasses.asdict(e) for e in entries], indent=2))
+        return 0
+    width = max(len(e.name) for e in entries)
+    print(f"{'name':<{width}}  image  classes  top-1 %  licence")
+    for e in entries:
+        image = registry.CONFIGS[e.architecture].img_size if e.architecture else "-"
+        top1 = "-" if e.top1 is None else f"{e.top1:.2f}"
+        print(f"{e.name:<{width}}  {image:>5}  {e.num_classes:>7}  {top1:>7}  {e.license or 'not stated'}")
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from swincupy.doctor import report
+
+    found = report()
+    if args.json:
+        print(json.dumps(found, indent=2))
+        return 0 if found["self_check"]["ok"] else 1
+    print(f"swincupy    {found['swincupy']}, Python {found['python']}, {found['platform']}")
+    print("packages    " + ", ".join(f"{k} {v or 'not installed'}" for k, v in found["packages"].items()))
+    blas = [
+        f"{b['internal_api']} {b['version']} ({b['architecture']}, {b['num_threads']} threads)" for b in found["blas"]
+    ]
+    print(f"BLAS        {', '.join(blas) or 'unknown'}, {found['cpus']} CPUs")
+    gpu = found["gpu"]
+    for d in gpu["devices"]:
+        print(f"GPU         {d['name']}, compute capability {d['compute']}, {d['memory'] / 2**30:.0f} GiB")
+    if not gpu["devices"]:
+        print(f"GPU         none: {gpu['reason']}")
+    if found["used"]:
+        print(f"used        device {found['used']['device']}, precision {found['used']['precision']}")
+    check = found["self_check"]
+    if check["ok"]:
+        print(f"self-check  ok: the demo model classified an image in {check['milliseconds']} ms")
+        return 0
+    _complain(f"self-check failed: {check['reason']}")
+    return 1
+
+
+# ------------------------------------------------------------------- helpers
+
+
+def find_images(inputs: Sequence[str], *, recursive: bool = False, lists: bool = False) -> list[str]:
+    """Paths of images named on the command line, in order: files as they are, folders and patterns sorted.
+
+    With ``lists``, a ``.txt`` file or ``-`` (standard input) is a list of inputs, one on a line, relative to
+    the current folder. A file that is named itself may be missing or no image: reading it will tell.
+
+    Raises
+    ------
+    InputError
+        A folder without images, a pattern that matches nothing, a list that cannot be read.
+    """
+    return [path for item in inputs for path in _expand(item, recursive, lists)]
+
+
+def _expand(item: str, recursive: bool, lists: bool) -> Iterator[str]:
+    if lists and (item == "-" or item.lower().endswith(".txt")):
+        try:
+            text = sys.stdin.read() if item == "-" else Path(item).read_text(encoding="utf-8", errors="surrogateescape")
+        except OSError as error:
+            raise InputError(f"embed: the list {item} cannot be read: {error}") from error
+        for line in filter(None, map(str.strip, text.splitlines())):
+            yield from _expand(line, recursive, lists=False)
+    elif os.path.isdir(item):
+        walk = Path(item).rglob("*") if recursive else Path(item).iterdir()
+        found = sorted(
+            str(p) for p in walk if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()
+        )
+        if not found:
+            hint = "" if recursive else "; --recursive looks into its folders too"
+            raise InputError(f"images: the folder {item} must hold images, found none{hint}")
+        yield from found
+    elif glob.has_magic(item) and not os.path.exists(item):
+        found = sorted(p for p in glob.glob(item, recursive=True) if os.path.isfile(p))
+        if not found:
+            raise InputError(f"images: the pattern {item} must match files, found none")
+        yield from found
+    else:
+        yield item
+
+
+def _load(args: argparse.Namespace) -> SwinTransformer:
+    import swincupy
+
+    return swincupy.load(args.model, device=args.device, precision=args.precision, preset=args.preset)
+
+
+def _path(source: str) -> str | Path:
+    """A file or folder as it is, a published name as its file."""
+    from swincupy import registry
+
+    return source if os.path.exists(source) else registry.fetch(source)
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return value
+
+
+def _complain(message: str) -> None:
+    """One line on standard error."""
+    print("swincupy:", " ".join(message.split()), file=sys.stderr)
