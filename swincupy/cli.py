@@ -261,25 +261,31 @@ def _inspect(args: argparse.Namespace) -> int:
     from swincupy.checkpoint import inspect_checkpoint
 
     found = inspect_checkpoint(_path(args.file), check_values=args.check)
+    broken = found.get("non_finite", [])
     if args.json:
         print(json.dumps(found, indent=2))
-    else:
-        print(f"layout      {found['layout']}")
-        print(f"parameters  {found['parameters']:,}")
-        if found["config"]:
-            for name, value in found["config"].items():
-                print(f"  {name:<24}{json.dumps(value)}")
-        else:
-            print(f"config      unknown: {found['config_error']}")
-        width = max((len(t["name"]) for t in found["tensors"]), default=0)
-        print(f"tensors     {len(found['tensors'])}")
-        for t in found["tensors"]:
-            print(f"  {t['name']:<{width}}  {t['dtype']:<9} {' x '.join(map(str, t['shape'])) or 'scalar'}")
-        if found["ignored"]:
-            print(f"ignored     {', '.join(found['ignored'])}")
-    for problem in found["problems"]:
-        _complain(f"problem: {problem}")
-    return 1 if found["problems"] else 0
+        return 1 if found["problem"] or broken else 0
+    print(f"format      {found['format']}")
+    print(f"layout      {found['layout'] or 'unknown'}")
+    print(f"parameters  {found['parameters']:,}")
+    print(f"labels      {found['labels'] or 'none'}")
+    print("config" if found["config"] else "config      unknown")
+    for name, value in (found["config"] or {}).items():
+        print(f"  {name:<24}{json.dumps(value)}")
+    print(f"tensors     {len(found['tensors'])}")
+    width = max((len(t["name"]) for t in found["tensors"]), default=0)
+    for t in found["tensors"]:
+        values = f"  {t['nan']} NaN, {t['inf']} infinite" if t["name"] in broken else ""
+        print(f"  {t['name']:<{width}}  {t['dtype']:<9} {' x '.join(map(str, t['shape'])) or 'scalar'}{values}")
+    if found["ignored"]:
+        print(f"ignored     {', '.join(found['ignored'])}")
+    if args.check and not broken:
+        print("values      all finite")
+    if found["problem"]:
+        _complain(f"problem: {found['problem']}")
+    if broken:
+        _complain(f"problem: NaN or infinite values in {', '.join(broken)}")
+    return 1 if found["problem"] or broken else 0
 
 
 # --------------------------------------------------------- models and doctor
