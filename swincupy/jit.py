@@ -1,0 +1,278 @@
+"""Finds, builds, remembers and launches the kernels of ``cuda/``: the only caller of RawModule.
+
+A kernel is ``cuda/<name>.cu`` behind a typed prelude, which holds its compile-time constants. It is
+built by NVRTC when first asked for, and kept on disk by CuPy (``CUPY_CACHE_DIR``).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+import threading
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from swincupy.errors import DeviceError
+from swincupy.resources import resource_dir
+
+Array = Any
+Constant = str | int | float | bool  # a str is a type: scalar_t="__half" becomes `using scalar_t = __half;`
+
+_SCALARS = {
+    "int": np.int32, "unsigned": np.uint32, "unsigned int": np.uint32, "long long": np.int64,
+    "float": np.float32, "double": np.float64, "bool": np.bool_,
+}  # fmt: skip
+_ELEMENTS = {
+    "float": np.dtype(np.float32), "__half": np.dtype(np.float16), "__nv_bfloat16": np.dtype(np.uint16),
+    "unsigned char": np.dtype(np.uint8), "int": np.dtype(np.int32), "unsigned int": np.dtype(np.uint32),
+    "signed char": np.dtype(np.int8),
+}  # fmt: skip
+_SHARED_DEFAULT = 48 * 1024  # more dynamic shared memory has to be asked for
+
+
+class Variant(NamedTuple):
+    """A kernel with one set of its constants, and the lowest compute capability that runs it."""
+
+    name: str
+    constants: dict[str, Constant]
+    min_sm: int = 75
+    arch: str | None = None
+
+
+class Parameter(NamedTuple):
+    """One parameter of a kernel: its C type without const and __restrict__, and whether it is a pointer."""
+
+    name: str
+    ctype: str
+    pointer: bool
+
+
+class Kernel:
+    """A kernel on one device, ready to launch.
+
+    Attributes
+    ----------
+    name : str
+    parameters : tuple of Parameter
+    device : int
+    raw : cupy.RawKernel
+        For what a launch does not need: ``num_regs``, ``local_size_bytes``, ...
+    """
+
+    def __init__(self, name: str, raw: Any, parameters: tuple[Parameter, ...], device: int) -> None:
+        self.name, self.raw, self.parameters, self.device = name, raw, parameters, device
+        self._shared = _SHARED_DEFAULT
+
+    def __call__(self, grid: int | tuple[int, ...], block: int | tuple[int, ...], *args: Any, shared: int = 0) -> None:
+        """Launch on CuPy's current stream.
+
+        Parameters
+        ----------
+        grid, block : int or tuple of up to three
+        *args
+            As the kernel declares them. A pointer takes a C-contiguous array of its element type on
+            this device, or None; a number is cast to the declared type.
+        shared : int
+            Bytes of dynamic shared memory.
+
+        Raises
+        ------
+        DeviceError
+            More shared memory than the GPU has.
+        TypeError, ValueError
+            The arguments are not those that the kernel declares (a fault of the caller's code).
+        """
+        if len(args) != len(self.parameters):
+            raise TypeError(f"{self.name}: takes {len(self.parameters)} arguments, got {len(args)}")
+        cast = tuple([self._cast(p, a) for p, a in zip(self.parameters, args, strict=True)])
+        if shared > self._shared:
+            self._allow(shared)
+        self.raw(_triple(grid), _triple(block), cast, shared_mem=shared)
+
+    def _cast(self, p: Parameter, value: Any) -> Any:
+        if not p.pointer:
+            scalar = _SCALARS.get(p.ctype)
+            return value if scalar is None else scalar(value)  # a struct by value is passed as it comes
+        if value is None:
+            return np.uint64(0)
+        element = _ELEMENTS.get(p.ctype)  # None for void*
+        if element is not None and value.dtype != element:
+            raise TypeError(f"{self.name}: {p.name} must hold {p.ctype} ({element}), got {value.dtype}")
+        if not value.flags.c_contiguous:
+            raise ValueError(f"{self.name}: {p.name} must be C-contiguous, got strides {value.strides}")
+        if value.data.device_id != self.device and value.size:
+            raise ValueError(f"{self.name}: {p.name} must be on device {self.device}, is on {value.data.device_id}")
+        return value
+
+    def _allow(self, shared: int) -> None:
+        try:
+            self.raw.max_dynamic_shared_size_bytes = shared
+        except Exception as error:
+            raise DeviceError(
+                f"{self.name}: shared memory must fit the GPU, got {shared} bytes a block ({error}); "
+                'use device="cpu" or a GPU with more'
+            ) from error
+        self._shared = shared
+
+
+def kernel(name: str, *, arch: str | None = None, **constants: Constant) -> Kernel:
+    """The kernel ``cuda/<name>.cu`` for these constants on CuPy's current device, built where it is new.
+
+    Parameters
+    ----------
+    name : str
+    arch : str, optional
+        Architecture to build for where the GPU's own is not enough: "sm_90a".
+    **constants
+        The prelude: str is a type, bool, int and float are values.
+
+    Raises
+    ------
+    DeviceError
+        The kernel does not compile for this GPU.
+    """
+    import cupy
+
+    key = (name, prelude(constants), arch, cupy.cuda.device.get_device_id())
+    found = _kernels.get(key)
+    if found is None:
+        with _lock:
+            found = _kernels.get(key)
+            if found is None:
+                found = _kernels[key] = _build(name, constants, arch)
+    return found
+
+
+_kernels: dict[tuple[str, str, str | None, int], Kernel] = {}
+_lock = threading.Lock()
+
+
+def _build(name: str, constants: dict[str, Constant], arch: str | None) -> Kernel:
+    import cupy
+
+    options = _OPTIONS if arch is None else (*_OPTIONS, f"-arch={arch}")
+    raw = cupy.RawModule(code=source(name, constants), options=(*options, _include())).get_function(name)
+    try:
+        raw.compile()
+    except cupy.cuda.compiler.CompileException as error:
+        sm = cupy.cuda.Device().compute_capability
+        raise DeviceError(f"{name}: kernel must compile for SM {sm} with {constants}, got {error}") from error
+    return Kernel(name, raw, parameters(name, constants), cupy.cuda.device.get_device_id())
+
+
+def compute_capability() -> int:
+    """10 * major + minor of CuPy's current device."""
+    import cupy
+
+    return int(cupy.cuda.Device().compute_capability)
+
+
+@functools.cache
+def multiprocessors(device: int) -> int:
+    """Number of multiprocessors of a device."""
+    import cupy
+
+    return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])
+
+
+# ---------------------------------------------------------------- source
+
+_OPTIONS = ("-std=c++17", "-DNDEBUG")
+
+
+def _include() -> str:
+    return f"-I{resource_dir('cuda')}"
+
+
+def prelude(constants: dict[str, Constant]) -> str:
+    """The constants in C++: ``scalar_t="__half", C=96`` -> ``using scalar_t = __half; constexpr int C = 96;``."""
+    return "".join(f"{_declare(k, v)}\n" for k, v in sorted(constants.items()))
+
+
+def _declare(name: str, value: Constant) -> str:
+    if isinstance(value, str):
+        return f"using {name} = {value};"
+    if isinstance(value, bool):
+        return f"constexpr bool {name} = {str(value).lower()};"
+    if isinstance(value, int):
+        return f"constexpr int {name} = {value};"
+    return f"constexpr float {name} = {float(value)!r}f;"
+
+
+@functools.cache
+def _read(file: str) -> str:
+    return (resource_dir("cuda") / file).read_text(encoding="utf-8")
+
+
+@functools.cache
+def include_hash(file: str) -> str:
+    """Hash of a file of ``cuda/`` and of all that it includes from there; CuPy's disk cache does not see headers."""
+    seen: list[str] = []
+    todo = [file]
+    while todo:
+        seen.append(todo.pop())
+        todo += [f for f in re.findall(r'#include "([^"]+)"', _read(seen[-1])) if f not in seen and f not in todo]
+    digest = hashlib.sha256()
+    for f in sorted(seen):
+        digest.update(f"{f}\n{_read(f)}".encode())
+    return digest.hexdigest()
+
+
+def source(name: str, constants: dict[str, Constant]) -> str:
+    """What is compiled: the types, the prelude, the kernel."""
+    file = f"{name}.cu"
+    head = f'// {include_hash(file)}\n#include "common.cuh"\n{prelude(constants)}'
+    return f'{head}#line 1 "{file}"\n{_read(file)}'
+
+
+def parameters(name: str, constants: dict[str, Constant]) -> tuple[Parameter, ...]:
+    """Parameters of the kernel, read from its ``extern "C" __global__`` line."""
+    text = re.sub(r"//[^\n]*|/\*.*?\*/", " ", _read(f"{name}.cu"), flags=re.S)
+    found = re.search(
+        rf'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\((?:[^()]|\([^()]*\))*\)\s*)?{name}\s*\(([^)]*)\)',
+        text,
+    )
+    if found is None:
+        raise ValueError(f'{name}: cuda/{name}.cu must hold extern "C" __global__ void {name}(...)')
+    aliases = {k: v for k, v in constants.items() if isinstance(v, str)}
+    return tuple(_parameter(p, aliases) for p in found[1].split(",") if p.strip())
+
+
+def _parameter(text: str, aliases: dict[str, str]) -> Parameter:
+    words = re.sub(r"\b(const|__restrict__|__grid_constant__)\b", " ", text).replace("*", " * ").split()
+    ctype = " ".join(w for w in words[:-1] if w != "*")
+    return Parameter(words[-1], aliases.get(ctype, ctype), "*" in words)
+
+
+def compile_to_cubin(variant: Variant, sm: int) -> bytes:
+    """Compile a kernel for a compute capability; needs NVRTC but no GPU.
+
+    Raises
+    ------
+    DeviceError
+        It does not compile; the compiler's log is in the message.
+    """
+    from cupy._core.core import assemble_cupy_compiler_options
+    from cupy.cuda import nvrtc
+
+    arch = variant.arch or f"sm_{sm}"
+    options = assemble_cupy_compiler_options((*_OPTIONS, _include()))
+    options += ("-ftz=true", f"-arch={arch}", "--device-as-default-execution-space")  # as RawModule has them
+    program = nvrtc.createProgram(source(variant.name, variant.constants), f"{variant.name}.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, options)
+        return bytes(nvrtc.getCUBIN(program))
+    except nvrtc.NVRTCError:
+        log = nvrtc.getProgramLog(program)
+        raise DeviceError(
+            f"{variant.name}: kernel must compile for {arch} with {variant.constants}, got {log}"
+        ) from None
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def _triple(size: int | tuple[int, ...]) -> tuple[int, int, int]:
+    size = (size,) if isinstance(size, int) else size
+    return (*size, 1, 1, 1)[:3]  # type: ignore[return-value]
