@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
+from array_api_compat import array_namespace
 
 from swincupy import forward
 from swincupy.config import SwinConfig
@@ -28,7 +29,7 @@ class Prediction(NamedTuple):
 
     label: str
     score: float
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
 
 
 def load(
@@ -193,7 +194,7 @@ class SwinTransformer:
         parts = list(self.embed_stream(x, normalize=normalize, batch_size=batch_size, progress=progress))
         if not parts:
             raise InputError("embed: x must hold at least one image, got none")
-        return parts[0] if len(parts) == 1 else reference.array_namespace(parts[0]).concat(parts)
+        return parts[0] if len(parts) == 1 else array_namespace(parts[0]).concat(parts)
 
     def embed_stream(
         self, x: Images | Iterable[Any], *, normalize: bool = False, batch_size: int = 64, progress: bool = False
@@ -333,7 +334,7 @@ class SwinTransformer:
             y = y.get()
         if not _is_float_array(asked) or isinstance(asked, np.ndarray):
             return y
-        xp = reference.array_namespace(asked)
+        xp = array_namespace(asked)
         return xp.asarray(y, device=asked.device)
 
 

@@ -185,8 +185,8 @@ def plan(
     geometry = stage_geometry(config, height, width)
     stages = []
     for i, (stage, g) in enumerate(zip(weights["stages"], geometry, strict=True)):
-        padded = [size + -size % m for size, m in zip(g.grid, g.window, strict=True)]
-        mask = convert(reference.shift_mask(*padded, g.window, g.shift)) if any(g.shift) else None
+        H, W = (size + -size % m for size, m in zip(g.grid, g.window, strict=True))  # padded
+        mask = convert(reference.shift_mask(H, W, g.window, g.shift)) if any(g.shift) else None
         stages.append(
             [
                 {
@@ -263,4 +263,3 @@ def _bicubic(old: int, new: int) -> np.ndarray:
         near, far = ((a + 2) * t - (a + 3)) * t * t + 1, ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
         np.add.at(matrix, (np.arange(new), np.clip(first + tap, 0, old - 1)), np.where(t <= 1, near, far))
     return matrix
-

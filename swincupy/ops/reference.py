@@ -588,7 +588,7 @@ def _roll(x: Array, shift: Pair) -> Array:
 def _erf(x: Array) -> Array:
     """erf in float64, from the library that has it."""
     if isinstance(x, np.ndarray):
-        return np.frompyfunc(math.erf, 1, 1)(x).astype(np.float64)
+        return np.asarray(np.frompyfunc(math.erf, 1, 1)(x), dtype=np.float64)
     from cupyx.scipy.special import erf
 
     return erf(x)

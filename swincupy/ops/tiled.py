@@ -32,14 +32,18 @@ TILE_ROWS = 400  # tokens a tile: a few hundred rows feed a matrix product well 
 
 def patch_embed(x: Array, *args: Any, **kwargs: Any) -> Array:
     """`reference.patch_embed`, image by image."""
-    return _concatenate([(lambda b=b: reference.patch_embed(x[b : b + 1], *args, **kwargs)) for b in range(len(x))])
+    return _concatenate(
+        [functools.partial(reference.patch_embed, x[b : b + 1], *args, **kwargs) for b in range(len(x))]
+    )
 
 
 def patch_merge(x: Array, *args: Any, **kwargs: Any) -> Array:
     """`reference.patch_merge`, image by image."""
     if len(x) * x.shape[1] * x.shape[2] < 4 * TILE_ROWS * _blas().threads():
         return reference.patch_merge(x, *args, **kwargs)
-    return _concatenate([(lambda b=b: reference.patch_merge(x[b : b + 1], *args, **kwargs)) for b in range(len(x))])
+    return _concatenate(
+        [functools.partial(reference.patch_merge, x[b : b + 1], *args, **kwargs) for b in range(len(x))]
+    )
 
 
 def mlp_block(x: Array, *args: Any, **kwargs: Any) -> Array:
