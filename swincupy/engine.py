@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -11,6 +13,7 @@ import numpy as np
 
 from swincupy import forward
 from swincupy.config import SwinConfig
+from swincupy.errors import OutOfMemoryError
 from swincupy.parameters import fold, plan
 
 Array = Any
@@ -57,3 +60,144 @@ class Eager:
             while len(self._plans) > _PLANS:
                 self._plans.popitem(last=False)
         return found
+
+
+class Graphs(Eager):
+    """Runs the forward pass as CUDA graphs, one for each input shape and kind of output.
+
+    The first call of a shape compiles, warms up and captures; later ones copy the input into the
+    graph's own buffer, replay, and copy the result out. A graph's memory is its own. Batches are
+    rounded up (`bucket`) so that neighbouring sizes share a graph; the number of graphs is bounded.
+    Calls from several threads and on several streams are ordered where they use the same graph.
+
+    Parameters
+    ----------
+    params, config
+        See `Eager`.
+    ops : swincupy.ops.fused.Fused
+    convert : callable
+    export : callable
+        Copies a result out of a graph's memory, as float32.
+    capacity : int
+        Graphs kept; the least recently used goes first.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, np.ndarray],
+        config: SwinConfig,
+        ops: Any,
+        convert: Callable[[Any], Array],
+        export: Callable[[Array], Array],
+        capacity: int = 16,
+    ) -> None:
+        super().__init__(params, config, ops, convert)
+        self._export, self._capacity = export, capacity
+        self._replays: OrderedDict[Any, _Replay] = OrderedDict()
+        self._capturing = threading.Lock()
+
+    def run(self, what: Callable[..., Any], pixels: Array, **options: Any) -> Any:
+        """As `Eager.run`; ``pixels`` is an array on the host or on the device."""
+        shape = (bucket(pixels.shape[0]), *pixels.shape[1:])
+        key = (what, tuple(sorted(options.items())), shape, str(pixels.dtype))
+        with self._lock:
+            replay = self._replays.get(key)
+            if replay is not None:
+                self._replays.move_to_end(key)
+        if replay is None:
+            replay = self._capture(key, lambda x: super(Graphs, self).run(what, x, **options), shape, pixels.dtype)
+        return replay(pixels, self._export)
+
+    def _capture(self, key: Any, run: Callable[[Array], Any], shape: tuple[int, ...], dtype: Any) -> _Replay:
+        from cupy.cuda.memory import OutOfMemoryError
+
+        with self._capturing:  # one at a time: each fills the memory that it will own
+            with self._lock:
+                if key in self._replays:
+                    return self._replays[key]
+            try:
+                replay = _Replay(run, shape, dtype)
+            except OutOfMemoryError:
+                self.clear()
+                replay = _captured_or_explained(run, shape, dtype)
+            with self._lock:
+                self._replays[key] = replay
+                while len(self._replays) > self._capacity:
+                    self._replays.popitem(last=False)
+        return replay
+
+    def clear(self) -> None:
+        """Forget all graphs and give their memory, and what CuPy keeps for later, back to the device."""
+        import cupy
+
+        with self._lock:
+            self._replays.clear()
+        gc.collect()
+        cupy.get_default_memory_pool().free_all_blocks()
+
+
+def bucket(batch: int) -> int:
+    """The batch size that a batch is rounded up to: exact to 16, then at most one eighth more.
+
+    It depends on the batch alone, so that equal calls give equal bits whatever was called before.
+    """
+    step = max(1, 1 << (batch - 1).bit_length() >> 4)
+    return -(-batch // step) * step
+
+
+class _Replay:
+    """One captured forward pass: its graph, its memory, its input and its outputs."""
+
+    def __init__(self, run: Callable[[Array], Any], shape: tuple[int, ...], dtype: Any) -> None:
+        import cupy
+
+        self._pool = cupy.cuda.MemoryPool()
+        self._stream = cupy.cuda.Stream(non_blocking=True)
+        self._lock = threading.Lock()
+        self._done = cupy.cuda.Event(disable_timing=True)
+        with self._stream, cupy.cuda.using_allocator(self._pool.malloc):
+            self._input = cupy.zeros(shape, dtype)
+            run(self._input)  # compiles kernels, chooses algorithms, and leaves its memory in the pool
+            self._stream.synchronize()
+            self._stream.begin_capture(cupy.cuda.runtime.streamCaptureModeThreadLocal)
+            try:
+                self._output = run(self._input)
+            except BaseException:
+                with contextlib.suppress(cupy.cuda.runtime.CUDARuntimeError):
+                    self._stream.end_capture()
+                raise
+            self._graph = self._stream.end_capture()
+
+    def __call__(self, pixels: Array, export: Callable[[Array], Array]) -> Any:
+        import cupy
+
+        batch, stream = pixels.shape[0], cupy.cuda.get_current_stream()
+        with self._lock:
+            stream.wait_event(self._done)  # the buffers are free once the last call has copied its result out
+            try:
+                if isinstance(pixels, np.ndarray):
+                    self._input[:batch].set(np.ascontiguousarray(pixels), stream=stream)
+                else:
+                    self._input[:batch] = pixels
+                self._graph.launch(stream)
+                if isinstance(self._output, list):
+                    return [export(y[:batch]) for y in self._output]
+                return export(self._output[:batch])
+            finally:
+                self._done.record(stream)
+
+
+def _captured_or_explained(run: Callable[[Array], Any], shape: tuple[int, ...], dtype: Any) -> _Replay:
+    """The last try after memory was given back; says what is missing."""
+    import cupy
+    from cupy.cuda.memory import OutOfMemoryError as CupyOutOfMemory
+
+    free, total = cupy.cuda.runtime.memGetInfo()
+    try:
+        return _Replay(run, shape, dtype)
+    except CupyOutOfMemory as error:
+        explained = OutOfMemoryError(
+            f"model: a batch of shape {shape} must fit into the device's memory: {error}; "
+            f"{free / 2**20:.0f} of {total / 2**20:.0f} MiB were free; use a smaller batch"
+        )
+    raise explained

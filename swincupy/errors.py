@@ -23,5 +23,9 @@ class DeviceError(SwincupyError, RuntimeError):
     """A device or precision that cannot be used on this machine."""
 
 
+class OutOfMemoryError(DeviceError, MemoryError):
+    """An input that does not fit into the device's memory."""
+
+
 class DownloadError(SwincupyError, OSError):
     """A published checkpoint that could not be downloaded."""
