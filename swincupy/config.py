@@ -17,13 +17,13 @@ CONVENTIONS: dict[str, dict[str, str]] = {
     "microsoft": dict(window_clamp="min", clamp_at="input", pad_mode="pad_roll", patch_pad="pad"),
     "timm": dict(window_clamp="axis", clamp_at="build", pad_mode="roll_pad", patch_pad="pad"),
     "huggingface": dict(window_clamp="min", clamp_at="input", pad_mode="pad_roll", patch_pad="pad"),
-    "huggingface-v2": dict(window_clamp="axis", clamp_at="build_floor", pad_mode="pad_roll", patch_pad="pad"),
+    "huggingface-v2": dict(window_clamp="height", clamp_at="build_floor", pad_mode="pad_roll", patch_pad="pad"),
     "torchvision": dict(window_clamp="padded", clamp_at="input", pad_mode="pad_roll", patch_pad="crop"),
     "openmmlab": dict(window_clamp="never", clamp_at="input", pad_mode="pad_roll", patch_pad="pad"),
 }
 
 _ALLOWED = {
-    "window_clamp": ("min", "axis", "padded", "never"),
+    "window_clamp": ("min", "axis", "height", "padded", "never"),
     "clamp_at": ("input", "build", "build_floor"),
     "pad_mode": ("pad_roll", "roll_pad"),
     "patch_pad": ("pad", "crop"),
@@ -70,12 +70,13 @@ class SwinConfig:
         V2: the window for which the position bias was trained; 0 means the window itself.
     norm_eps : float
         Epsilon of the LayerNorms of the blocks and of the final one.
-    window_clamp : {"min", "axis", "padded", "never"}, optional
+    window_clamp : {"min", "axis", "height", "padded", "never"}, optional
         What happens to a window that a feature map does not exceed. "min": if the shorter side is
         not above the window, both sides of the window become that side and nothing is shifted
-        (microsoft, Hugging Face v1). "axis": the same for each axis by itself (timm, Hugging
-        Face v2). "padded": the window stays, an axis that one window covers is not shifted
-        (torchvision). "never": the window stays and is shifted (OpenMMLab, Hugging Face's v1 backbone).
+        (microsoft, Hugging Face v1, OpenMMLab's classifiers). "axis": the same for each axis by itself
+        (timm). "height": the height decides for both axes (Hugging Face v2). "padded": the window
+        stays, an axis that one window covers is not shifted (torchvision). "never": the window stays
+        and is shifted (OpenMMLab's and Hugging Face v1's backbones, detection code with one norm a stage).
     clamp_at : {"input", "build", "build_floor"}, optional
         The feature maps that rule looks at: those of the input at hand, or those of ``img_size``,
         where odd sides are halved rounding up (timm) or down (Hugging Face v2). Where ``img_size``
@@ -229,6 +230,8 @@ def _window_and_shift(rule: str | None, window: Pair, grid: Pair) -> tuple[Pair,
         return ((side, side), (0, 0)) if side <= min(wh, ww) else (window, shift)
     if rule == "axis":
         return (min(wh, h), min(ww, w)), (0 if h <= wh else shift[0], 0 if w <= ww else shift[1])
+    if rule == "height":
+        return (min(wh, h), min(ww, h)), (0, 0) if h <= wh else shift
     if rule == "padded":
         return window, (0 if h <= wh else shift[0], 0 if w <= ww else shift[1])
     return window, shift

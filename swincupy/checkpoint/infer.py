@@ -59,7 +59,12 @@ def infer_config(
     CheckpointError
         Arrays without which there is no configuration are missing, or the windows are unknown.
     """
-    arrays = observe(found, title)
+    try:
+        arrays = observe(found, title)
+    except CheckpointError:
+        if given is None or sum(given.depths) > len(found.tensors):
+            raise
+        return _with_conventions(given, found)  # what is missing will be listed whole
     if given is not None:
         said = dataclasses.asdict(given)
         faults = contradictions(said, arrays)
@@ -177,8 +182,11 @@ def collapse(windows: Iterable[Pair]) -> int | tuple[int | Pair, ...]:
 
 
 def _with_conventions(config: SwinConfig, found: Translation) -> SwinConfig:
-    if found.hf_backbone and found.version == 1 and config.window_clamp is None:
-        config = config.replace(window_clamp="never")  # Hugging Face's SwinBackbone always partitions and shifts
+    if config.window_clamp is None and found.layout in ("microsoft", "openmmlab", "huggingface"):
+        # a backbone with a norm for each stage always partitions and shifts, a classifier never where one window does
+        levels = any(re.fullmatch(r"norm\d+\.weight", name) for name in found.tensors)
+        if found.layout != "huggingface" or (levels and found.version == 1):
+            config = config.replace(window_clamp="never" if levels else "min")
     if found.layout == "huggingface" and found.version == 2:
         return config.with_conventions("huggingface-v2")
     return config.with_conventions(found.layout)

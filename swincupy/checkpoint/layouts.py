@@ -56,7 +56,7 @@ _RENAMES: dict[str, _Rules] = {
         (r"\.attention\.(?:self|relative_position_bias)\.", ".attn."),
         (r"\.intermediate\.dense\.", ".mlp.fc1."),
         (r"\.output\.dense\.", ".mlp.fc2."),
-        (r"^layernorm\.", "norm."),
+        (r"^(?:swin\.)?layernorm\.", "norm."),  # SwinBackbone of transformers 5 keeps the prefix on this one
         (r"^classifier\.", "head."),
         (r"^hidden_states_norms\.stage(\d+)\.", lambda m: f"norm{int(m[1]) - 1}."),
     ),
@@ -106,7 +106,6 @@ class Translation:
     buffers: dict[str, StoredTensor]
     ignored: list[str]
     faults: dict[str, str]
-    hf_backbone: bool = False
     position_grid: tuple[int, int] | None = None
 
 
@@ -114,7 +113,7 @@ def to_canonical(tensors: Mapping[str, StoredTensor], title: str) -> Translation
     """Detect the layout and rename, split, join and reorder accordingly."""
     layout, prefix = _detect(tensors, title)
     inside, ignored = _inside(tensors, prefix)
-    version = 2 if any(key.endswith("attn.logit_scale") or ".continuous_position" in key for key in inside) else 1
+    version = 2 if any(key.endswith(".logit_scale") or ".continuous_position" in key for key in inside) else 1
     if layout == "microsoft" and _timm_placement(inside):
         layout = "timm"
 
@@ -134,7 +133,6 @@ def to_canonical(tensors: Mapping[str, StoredTensor], title: str) -> Translation
         else:
             found[name] = tensor
 
-    hf_backbone = layout == "huggingface" and any("hidden_states_norms." in key for key in inside)
     faults: dict[str, str] = {}
     if layout == "huggingface":
         faults = _join_qkv(found, version)
@@ -145,7 +143,7 @@ def to_canonical(tensors: Mapping[str, StoredTensor], title: str) -> Translation
         _from_unfold_order(found, version)
         _last_level_norm(found)
     grid = _flatten_position_embedding(found)
-    return Translation(layout, version, found, buffers, ignored, faults, hf_backbone, grid)
+    return Translation(layout, version, found, buffers, ignored, faults, grid)
 
 
 def _detect(tensors: Mapping[str, StoredTensor], title: str) -> tuple[str, str]:

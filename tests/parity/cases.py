@@ -28,8 +28,11 @@ class Case:
 
 
 def _case(name: str, config: dict[str, Any], shape: tuple[int, int, int, int], **more: Any) -> Case:
-    fields = dict(embed_dim=16, num_classes=10, in_chans=shape[1])
-    return Case(name, name.split("-v")[0], SwinConfig(**{**fields, **config}), shape, **more)
+    source = name.split("-v")[0]
+    fields = dict(embed_dim=16, num_classes=10, in_chans=shape[1]) | config
+    if source in ("huggingface-backbone", "detection") or (source == "openmmlab" and not more.get("options")):
+        fields["num_classes"] = 0
+    return Case(name, source, SwinConfig(**fields), shape, **more)
 
 
 def _v1(depths: tuple[int, ...] = (2, 2, 2), heads: tuple[int, ...] | None = None, **more: Any) -> dict[str, Any]:
@@ -159,6 +162,8 @@ HUGGINGFACE = [
         _v2(img_size=96, window_size=8, pretrained_window_sizes=(6, 6, 3), qkv_bias=False, norm_eps=1e-2),
         (2, 3, 83, 107),
     ),
+    _case("huggingface-v2-built-tall", _v2(img_size=(96, 44), window_size=7), (1, 3, 90, 61)),
+    _case("huggingface-v2-built-wide", _v2(img_size=(44, 96), window_size=7), (1, 3, 90, 61)),
     _case("huggingface-backbone-v1-norms", _v1(img_size=64, window_size=4), (1, 3, 45, 61), stored=True),
     _case("huggingface-backbone-v1-small", _v1(img_size=64, window_size=7), (2, 3, 47, 30)),
     _case("huggingface-backbone-v2", _v2(img_size=64, window_size=5), (1, 3, 45, 61)),
@@ -180,7 +185,9 @@ OPENMMLAB = [
     _case("openmmlab-v1-classification", _v1(img_size=64, window_size=4), (1, 3, 64, 64), options=dict(head=True)),
 ]
 
-CASES = MICROSOFT + TIMM + HUGGINGFACE + TORCHVISION + OPENMMLAB
+DETECTION = [_case("detection-v1-small", _v1(img_size=64, window_size=7), (1, 3, 47, 30))]
+
+CASES = MICROSOFT + TIMM + HUGGINGFACE + TORCHVISION + OPENMMLAB + DETECTION
 
 
 def drawn(source: str, version: int, seed: int) -> Case:
@@ -194,7 +201,7 @@ def drawn(source: str, version: int, seed: int) -> Case:
         num_heads=heads,
         embed_dim=r.choice((12, 16, 24)),
         mlp_ratio=r.choice((1.0, 2.5, 4.0)),
-        num_classes=r.choice((1, 5, 33)),
+        num_classes=r.choice((5, 33)),
     )
     if source == "microsoft":  # sides that windows and merging divide
         window, n = r.choice((2, 3, 4, 5)), 2 ** (stages - 1)

@@ -1,8 +1,8 @@
 """Golden files: what a reference answered, and all it takes to ask swincupy the same.
 
-One safetensors file a case. Tensors: the outputs, float32. Metadata: ``provenance`` (versions, commit,
-seed), ``config`` (what the loader is told), ``shape`` of the input, ``parameters`` (name in the
-source's layout -> shape; the values come from `recipe`).
+One safetensors file a case. Tensors: the outputs, float32. Metadata, as JSON: ``provenance`` (versions,
+commit, seed), ``config`` (what the loader is told), ``shape`` of the input, ``parameters`` (name in
+the source's layout -> shape; the values come from `recipe`).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Golden:
             "parameters": self.parameters,
         }
         outputs = {name: np.ascontiguousarray(a, dtype=np.float32) for name, a in self.outputs.items()}
-        save_file(outputs, path, {name: json.dumps(value) for name, value in texts.items()})
+        save_file(outputs, path, {"golden": json.dumps(texts)})  # one entry: safetensors writes several in any order
 
 
 def read(path: Path) -> Golden:
@@ -61,7 +61,7 @@ def read(path: Path) -> Golden:
     from safetensors import safe_open
 
     with safe_open(path, framework="numpy") as file:
-        texts = {name: json.loads(value) for name, value in file.metadata().items()}
+        texts = json.loads(file.metadata()["golden"])
         outputs = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     return Golden(
         SwinConfig.from_dict(texts["config"]),

@@ -25,7 +25,7 @@ def main() -> None:
             print(f"{case.name}: left as it is, {missing}")
             continue
         path = goldens.FOLDER / f"{case.name}.safetensors"
-        goldens.Golden(
+        golden = goldens.Golden(
             config=case.config,
             shape=case.shape,
             parameters=reference.shapes,
@@ -39,7 +39,8 @@ def main() -> None:
                 "weights and input": "tests/parity/recipe.py",
             },
             outputs=reference.answers(recipe.images(case.shape, case.seed)),
-        ).save(path)
+        )
+        golden.save(path)
         print(f"{case.name}: {path.stat().st_size / 1024:.0f} KiB")
 
 

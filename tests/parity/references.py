@@ -56,7 +56,7 @@ class Reference:
         rename: Callable[[str], str] = str,
         layout: Layout | None = None,
     ) -> None:
-        self.module, self.case, self._outputs = module.eval(), case, outputs
+        self.module, self.case, self.outputs = module.eval(), case, outputs
         shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
         self.shapes = layout.shapes(shapes) if layout else {rename(name): s for name, s in shapes.items()}
         self.parameters = recipe.state_dict(self.shapes, case.seed)
@@ -79,7 +79,7 @@ class Reference:
         self.module.to(torch.float64 if x.dtype == np.float64 else torch.float32)
         if x.dtype == np.float64:
             _exact_constants(self.module)
-        outputs = self._outputs(torch.from_numpy(x))
+        outputs = self.outputs(torch.from_numpy(x))
         return {name: np.ascontiguousarray(t.numpy()) for name, t in outputs.items()}
 
 
@@ -95,6 +95,7 @@ def build(case: Case, microsoft: Path | None = None) -> Reference:
             "huggingface-backbone": _backbone,
             "torchvision": _torchvision,
             "openmmlab": _openmmlab,
+            "detection": _detection,
         }[case.source](case)
 
 
@@ -235,7 +236,7 @@ def _hf_config(case: Case, **more: Any) -> Any:
     if c.version == 2:
         more["pretrained_window_sizes"] = [p[0] for p in c.pretrained_windows]
     return getattr(transformers, {1: "SwinConfig", 2: "Swinv2Config"}[c.version])(
-        image_size=c.img_size, patch_size=c.patch_size, num_channels=c.in_chans, num_labels=c.num_classes,
+        image_size=c.img_size, patch_size=c.patch_size, num_channels=c.in_chans, num_labels=c.num_classes or 2,
         embed_dim=c.embed_dim, depths=list(c.depths), num_heads=list(c.num_heads), window_size=c.window_size,
         mlp_ratio=c.mlp_ratio, qkv_bias=c.qkv_bias, use_absolute_embeddings=c.ape, layer_norm_eps=c.norm_eps,
         **more, **{k: v for k, v in case.options.items() if k != "head"},
@@ -346,45 +347,33 @@ def _torchvision(case: Case) -> Reference:
 
 
 def _openmmlab(case: Case) -> Reference:
-    """OpenMMLab's libraries are not needed: its backbone computes what Hugging Face's V1 backbone does.
+    """OpenMMLab's libraries are not needed: Hugging Face's V1 computes the same functions.
 
-    Both pad, then roll, and never shrink a window. Only names and the channel order of patch merging
-    differ, and those are translated. With ``head`` it is OpenMMLab's classifier: one norm, then a mean.
+    Backbones (mmdet, mmseg) pad, roll, and never shrink a window, as `SwinBackbone` does. Classifiers
+    (mmpretrain, ``head``) do not shift where one window covers the shorter side. Only names and the
+    channel order of patch merging differ, and those are translated.
     """
-    c = case.config
-    backbone = _backbone(case).module
-    names = [f"norm{i}" for i in range(c.num_stages)]
-    del backbone.swin.layernorm  # in memory only
-    backbone.swin.layernorm = torch.nn.Identity()
+    last = case.config.num_stages - 1
+    reference = _huggingface(case) if case.options.get("head") else _backbone(case)
     if not case.options.get("head"):
+        reference.module.swin.layernorm = torch.nn.Identity()  # in memory only, and not used
+    return Reference(reference.module, case, reference.outputs, layout=OpenMMLab(last))
 
-        def maps(x: torch.Tensor) -> dict[str, torch.Tensor]:
-            out = backbone(x, output_hidden_states=True)
-            stages = {f"stage{i}": z for i, z in enumerate(out.hidden_states[1:])}
-            return stages | dict(zip(names, out.feature_maps, strict=True))
 
-        return Reference(torch.nn.ModuleDict({"backbone": backbone}), case, maps, layout=OpenMMLab())
-
-    for i in range(1, c.num_stages):
-        del backbone.hidden_states_norms[f"stage{i}"]
-        backbone.hidden_states_norms[f"stage{i}"] = torch.nn.Identity()
-    head = torch.nn.Linear(c.num_features, c.num_classes)
-
-    def outputs(x: torch.Tensor) -> dict[str, torch.Tensor]:
-        out = backbone(x, output_hidden_states=True)
-        embed = out.feature_maps[-1].mean((2, 3))
-        stages = {f"stage{i}": z for i, z in enumerate(out.hidden_states[1:])}
-        return {"logits": head(embed), "embed": embed, **stages}
-
-    return Reference(torch.nn.ModuleDict({"backbone": backbone, "head": head}), case, outputs, layout=OpenMMLab())
+def _detection(case: Case) -> Reference:
+    """The official detection code, and detectron2's: microsoft's names, OpenMMLab's function."""
+    reference = _backbone(case)
+    reference.module.swin.layernorm = torch.nn.Identity()
+    return Reference(reference.module, case, reference.outputs, layout=Detection(case.config.num_stages - 1))
 
 
 class OpenMMLab:
     """Names and arrays of OpenMMLab's files, for a module in Hugging Face's names."""
 
     NAMES = (
-        (r"^backbone\.swin\.", "backbone."),
-        (r"^head\.", "head.fc."),
+        (r"^classifier\.", "head.fc."),
+        (r"^swin\.layernorm\.", "norm{last}."),
+        (r"^(?:swin\.)?(?!head\.)", "backbone."),
         (r"embeddings\.patch_embeddings\.projection\.", "patch_embed.projection."),
         (r"embeddings\.norm\.", "patch_embed.norm."),
         (r"encoder\.layers\.", "stages."),
@@ -398,10 +387,15 @@ class OpenMMLab:
         (r"hidden_states_norms\.stage(\d)\.", lambda m: f"norm{int(m[1]) - 1}."),
     )
 
+    unfolds = True
+
+    def __init__(self, last: int) -> None:
+        self.last = last
+
     def rename(self, name: str) -> str:
         for pattern, new in self.NAMES:
             name = re.sub(pattern, new, name)  # type: ignore[arg-type]
-        return name
+        return name.replace("{last}", str(self.last))
 
     def shapes(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """Shapes in the file: q, k and v are one array."""
@@ -417,7 +411,25 @@ class OpenMMLab:
         if match := re.search(r"attention\.([qkv])_proj\.", name):
             i, dim = "qkv".index(match[1]), len(a) // 3
             return a[i * dim : (i + 1) * dim]
-        if "downsample." in name:  # [..., (channel, row, column)] -> [..., (column, row, channel)]
+        if self.unfolds and "downsample." in name:  # [..., (channel, row, column)] -> [..., (column, row, channel)]
             grid = a.reshape(*a.shape[:-1], -1, 2, 2)
             return np.ascontiguousarray(np.moveaxis(grid, (-1, -2, -3), (-3, -2, -1)).reshape(a.shape))
         return a
+
+
+class Detection(OpenMMLab):
+    """Microsoft's names behind ``backbone.``, and a norm for each stage."""
+
+    NAMES = (
+        (r"^(?:swin\.)?", "backbone."),
+        (r"embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+        (r"embeddings\.norm\.", "patch_embed.norm."),
+        (r"encoder\.layers\.", "layers."),
+        (r"layernorm_before\.", "norm1."),
+        (r"layernorm_after\.", "norm2."),
+        (r"attention\.[qkv]_proj\.", "attn.qkv."),
+        (r"attention\.relative_position_bias\.", "attn."),
+        (r"attention\.o_proj\.", "attn.proj."),
+        (r"hidden_states_norms\.stage(\d)\.", lambda m: f"norm{int(m[1]) - 1}."),
+    )
+    unfolds = False
