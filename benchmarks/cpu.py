@@ -38,7 +38,6 @@ def main() -> None:
 
 def speed(variant: str, batches: list[int], threads: int, rounds: int) -> None:
     import numpy as np
-
     import torch
 
     from tests.parity import references
@@ -52,7 +51,8 @@ def speed(variant: str, batches: list[int], threads: int, rounds: int) -> None:
     torch.manual_seed(0)
     peer = timm.create_model(variant, pretrained=False).eval()
     model = swincupy.load(peer.state_dict(), config=CONFIGS[variant])
-    print(f"{variant}, {threads} threads, float32; torch {torch.__version__}, numpy {np.__version__}; median of {rounds}")
+    versions = f"torch {torch.__version__}, numpy {np.__version__}"
+    print(f"{variant}, {threads} threads, float32; {versions}; median of {rounds}")
     print(f"{'batch':>5} {'torch ms':>9} {'swincupy ms':>12} {'ratio':>6} {'max difference':>15}")
     for batch in batches:
         pixels = np.random.default_rng(batch).standard_normal((batch, *peer.default_cfg["input_size"]), np.float32)
@@ -101,7 +101,8 @@ def memory(variant: str) -> None:
         model(pixels)
         seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"{variant}, batch 1: weights {weights / 2**20:.0f} MiB, peak resident {peak / 2**20:.0f} MiB, {seconds:.2f} s")
+    sizes = f"weights {weights / 2**20:.0f} MiB, peak resident {peak / 2**20:.0f} MiB"
+    print(f"{variant}, batch 1: {sizes}, {seconds:.2f} s")
 
 
 if __name__ == "__main__":
