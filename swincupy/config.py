@@ -167,6 +167,8 @@ class SwinConfig:
 
     def with_conventions(self, source: str) -> SwinConfig:
         """A copy whose open conventions (None) are those of ``source``, a key of `CONVENTIONS`."""
+        if source not in CONVENTIONS:
+            raise ConfigError(f"SwinConfig: source must be one of {', '.join(CONVENTIONS)}, got {source!r}")
         return self.replace(**{k: v for k, v in CONVENTIONS[source].items() if getattr(self, k) is None})
 
     def to_dict(self) -> dict[str, Any]:
@@ -211,15 +213,16 @@ def stage_geometry(config: SwinConfig, height: int, width: int) -> tuple[StageGe
 
 
 def _grids(c: SwinConfig, height: int, width: int, *, floor: bool) -> list[Pair]:
-    """Rows and columns of tokens in each stage; ``floor`` drops what does not fill a patch or a merge."""
-    ph, pw = c.patch
-    if floor or c.patch_pad == "crop":
-        h, w = height // ph, width // pw
-    else:
-        h, w = -(-height // ph), -(-width // pw)
-    if floor:
-        return [(h // 2**i, w // 2**i) for i in range(c.num_stages)]
-    return [(-(-h // 2**i), -(-w // 2**i)) for i in range(c.num_stages)]
+    """Rows and columns of tokens in each stage; ``floor`` drops what does not fill a patch or a merge.
+
+    At least 1, so that there is a window; an input of less than a patch is for `patch_embed` to refuse.
+    """
+
+    def over(size: int, divisor: int, down: bool) -> int:
+        return max(1, size // divisor if down else -(-size // divisor))
+
+    h, w = (over(size, p, floor or c.patch_pad == "crop") for size, p in zip((height, width), c.patch, strict=True))
+    return [(over(h, 2**i, floor), over(w, 2**i, floor)) for i in range(c.num_stages)]
 
 
 def _window_and_shift(rule: str | None, window: Pair, grid: Pair) -> tuple[Pair, Pair]:
@@ -273,6 +276,7 @@ def _check(c: SwinConfig) -> None:
     for i, (dim, heads) in enumerate(zip(c.dims, c.num_heads, strict=True)):
         need(dim % heads == 0, "num_heads", f"a divisor of the {dim} channels in stage {i}")
     need(isinstance(c.mlp_ratio, (int, float)) and 0 < c.mlp_ratio < math.inf, "mlp_ratio", "a positive number")
+    need(min(map(c.hidden_dim, range(c.num_stages))) > 0, "mlp_ratio", "large enough for one hidden channel")
     need(isinstance(c.norm_eps, (int, float)) and 0 <= c.norm_eps < 1, "norm_eps", "a number in [0, 1)")
     for name in ("qkv_bias", "ape", "patch_norm"):
         need(isinstance(getattr(c, name), bool), name, "True or False")

@@ -205,7 +205,8 @@ class SwinTransformer:
         for batch in self._batches(x, batch_size, progress):
             y = self._engine.run(forward.embed, self._pixels(batch))
             if normalize:
-                y = y / self._xp.sqrt(self._xp.sum(y * y, axis=-1, keepdims=True))
+                length = self._xp.sqrt(self._xp.sum(y * y, axis=-1, keepdims=True))
+                y = y / self._xp.maximum(length, 1e-12)
             yield self._answer(batch, y)
 
     def features(
@@ -234,12 +235,13 @@ class SwinTransformer:
             Stage i: [B, C_i, H_i, W_i], or channels last.
         """
         stages = self.config.num_stages
-        wanted = range(stages) if out_indices is None else [i + stages if i < 0 else i for i in out_indices]
-        if not wanted or not all(0 <= i < stages for i in wanted):
+        asked = range(stages) if out_indices is None else out_indices
+        ok = isinstance(asked, Sequence) and all(isinstance(i, int) and -stages <= i < stages for i in asked)
+        if not ok or not asked:
             raise InputError(f"features: out_indices must be stages from 0 to {stages - 1}, got {out_indices!r}")
         if layout not in ("NCHW", "NHWC"):
             raise InputError(f"features: layout must be 'NCHW' or 'NHWC', got {layout!r}")
-        maps = self._engine.run(forward.features, self._pixels(x), wanted=tuple(wanted), norm=norm)
+        maps = self._engine.run(forward.features, self._pixels(x), wanted=tuple(i % stages for i in asked), norm=norm)
         return [self._answer(x, self._xp.moveaxis(z, -1, 1) if layout == "NCHW" else z) for z in maps]
 
     def classify(
@@ -354,6 +356,7 @@ def _host(x: Any) -> np.ndarray:
         return np.asarray(x.get())
     if hasattr(x, "detach"):  # PyTorch
         x = x.detach().cpu()
+        x = x.float() if "bfloat16" in str(x.dtype) else x  # NumPy has no bfloat16
     return np.asarray(x)
 
 
@@ -365,7 +368,7 @@ def _target(device: str | int | None, precision: str) -> tuple[str, str]:
     if name == "cpu":
         return name, precision
     kind, _, number = name.partition(":")
-    if kind != "cuda" or not (number or "0").isdigit():
+    if kind != "cuda" or not (number or "0").isdecimal():
         raise DeviceError(f'load: device must be "cpu", "cuda" or "cuda:N", got {device!r}')
     try:
         import cupy

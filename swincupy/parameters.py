@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from swincupy.config import Pair, SwinConfig, stage_geometry
+from swincupy.errors import ConfigError
 from swincupy.ops import reference
 
 Array = Any
@@ -41,7 +42,7 @@ def parameter_shapes(config: SwinConfig) -> dict[str, tuple[int, ...]]:
     if c.patch_norm:
         layer_norm("patch_embed.norm", c.embed_dim)
     if c.ape:
-        tokens = -1 if c.image is None else (c.image[0] // c.patch[0]) * (c.image[1] // c.patch[1])
+        tokens = -1 if c.image is None else math.prod(_built_grid(c.image, c.patch))
         shapes["absolute_pos_embed"] = (1, tokens, c.embed_dim)
     for i, (dim, depth, heads, (mh, mw)) in enumerate(zip(c.dims, c.depths, c.num_heads, c.windows, strict=True)):
         for j in range(depth):
@@ -154,7 +155,7 @@ def fold(params: Mapping[str, Array], config: SwinConfig, convert: Callable[[Arr
         ],
         "norm": layer_norm("norm") if "norm.weight" in params else None,
         "level_norms": {
-            i: layer_norm(name, eps=1e-5)
+            i: layer_norm(name, eps=c.norm_eps if name == "norm" else 1e-5)
             for i, name in enumerate([*(f"norm{i}" for i in range(c.num_stages - 1)), last])
             if f"{name}.weight" in params
         },
@@ -243,13 +244,23 @@ def resize_position_embedding(ape: np.ndarray, config: SwinConfig, grid: Pair) -
     no antialiasing, edges repeated.
     """
     L, C = ape.shape[1:]
-    built = (math.isqrt(L),) * 2 if config.image is None else stage_geometry(config, *config.image)[0].grid
+    built = (math.isqrt(L),) * 2 if config.image is None else _built_grid(config.image, config.patch)
+    if math.prod(built) != L:
+        raise ConfigError(
+            f"SwinConfig: img_size must be the one that the {L} positions of absolute_pos_embed were built for, "
+            f"got {config.img_size}"
+        )
     ape = np.asarray(ape, np.float64).reshape(1, *built, C)
     for axis, (old, new) in enumerate(zip(built, grid, strict=True), start=1):
         if old != new:
             matrix = _bicubic(old, new)
             ape = reference.linear(ape.swapaxes(axis, -1), matrix).swapaxes(axis, -1)
     return ape
+
+
+def _built_grid(image: Pair, patch: Pair) -> Pair:
+    """Rows and columns of the absolute position embedding: whole patches only, in every implementation."""
+    return image[0] // patch[0], image[1] // patch[1]
 
 
 def _bicubic(old: int, new: int) -> np.ndarray:

@@ -13,7 +13,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -48,14 +48,14 @@ def patch_merge(x: Array, *args: Any, **kwargs: Any) -> Array:
 
 def mlp_block(x: Array, *args: Any, **kwargs: Any) -> Array:
     """`reference.mlp_block`, in tiles of rows."""
-    rows, out = x.reshape(-1, x.shape[-1]), np.empty_like(x)
-    flat = out.reshape(rows.shape)
+    rows = x.reshape(-1, x.shape[-1])
+    flat = np.empty_like(rows, order="C")
 
     def tile(lo: int, hi: int) -> None:
         flat[lo:hi] = reference.mlp_block(rows[lo:hi], *args, **kwargs)
 
     _for_tiles(tile, len(rows), 1)
-    return out
+    return flat.reshape(x.shape)
 
 
 def attention_block(
@@ -81,8 +81,8 @@ def _windowed(
     after: Callable[[Array], Array],
     *weights: Array,
     window: tuple[int, int],
-    shift: tuple[int, int],
-    pad_mode: reference.PadMode,
+    shift: tuple[int, int] = (0, 0),
+    pad_mode: reference.PadMode = "pad_roll",
     mask: Array | None = None,
     **kwargs: Any,
 ) -> Array:
@@ -150,19 +150,27 @@ def _run(work: list[Callable[[], None]]) -> None:
         for piece in work:
             piece()
         return
-    pieces, lock = iter(work), threading.Lock()
+    todo, lock = list(reversed(work)), threading.Lock()
 
     def worker() -> None:
-        while True:
+        try:
+            while True:
+                with lock:
+                    if not todo:
+                        return
+                    piece = todo.pop()
+                piece()
+        except BaseException:
             with lock:
-                piece = next(pieces, None)
-            if piece is None:
-                return
-            piece()
+                todo.clear()  # the others need not finish what nobody will get
+            raise
 
     with _blas().single_threaded():
         others = [_pool(threads - 1).submit(worker) for _ in range(threads - 1)]
-        worker()
+        try:
+            worker()
+        finally:
+            wait(others)  # before the thread counts go back, and before anyone reuses the arrays
         for other in others:
             other.result()
 
@@ -200,13 +208,43 @@ class _Blas:
             with self._lock:
                 self._users -= 1
                 if not self._users:
-                    for lib, count in zip(self._libraries, self._saved, strict=True):
-                        lib.set_num_threads(count)
+                    self._restore()
+
+    def _restore(self) -> None:
+        for lib, count in zip(self._libraries, self._saved, strict=True):
+            lib.set_num_threads(count)
+
+    def after_fork(self) -> None:
+        """In the child, where the threads that were at work are gone and cannot clean up."""
+        if self._users:
+            self._restore()
+        self._users, self._lock = 0, threading.Lock()
 
 
-_blas = functools.cache(_Blas)
+@functools.cache
+def _only_blas() -> _Blas:
+    return _Blas()
+
+
+def _blas() -> _Blas:
+    with _creation:  # the cache by itself may make two at the same time
+        return _only_blas()
 
 
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="swincupy")
+
+
+def _after_fork() -> None:
+    """A child process has none of its parent's threads, and perhaps locks that nobody will release."""
+    global _creation
+    _creation = threading.Lock()
+    _pool.cache_clear()
+    if _only_blas.cache_info().currsize:
+        _only_blas().after_fork()
+
+
+_creation = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
