@@ -55,7 +55,7 @@ def embed(x: Array, w: dict[str, Any], plan: dict[str, Any], block: Any, ops: An
     """Mean of the normalised tokens of the last stage: [B, 8 C]."""
     for z in stages(x, w, plan, block, ops):
         last = z
-    return ops.global_pool(ops.layer_norm(last, **w["norm"]))
+    return ops.global_pool(last, **w["norm"])
 
 
 def logits(x: Array, w: dict[str, Any], plan: dict[str, Any], block: Any, ops: Any) -> Array:

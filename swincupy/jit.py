@@ -117,7 +117,7 @@ class Kernel:
         self._shared = shared
 
 
-def kernel(name: str, *, arch: str | None = None, **constants: Constant) -> Kernel:
+def kernel(name: str, *, arch: Any = None, **constants: Constant) -> Kernel:
     """The kernel ``cuda/<name>.cu`` for these constants on CuPy's current device, built where it is new.
 
     Parameters
@@ -175,6 +175,14 @@ def multiprocessors(device: int) -> int:
     import cupy
 
     return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])
+
+
+@functools.cache
+def shared_per_multiprocessor(device: int) -> int:
+    """Bytes of shared memory of a multiprocessor of a device."""
+    import cupy
+
+    return int(cupy.cuda.Device(device).attributes["MaxSharedMemoryPerMultiprocessor"])
 
 
 # ---------------------------------------------------------------- source
