@@ -34,20 +34,37 @@ class Eager:
         The array operations of `forward`.
     convert : callable
         Takes an array to the dtype and device of the model.
+    exact, prepare_bias, masks
+        See `parameters.fold` and `parameters.plan`.
+    export : callable
+        Takes a result to the dtype in which it is given out.
     """
 
     def __init__(
-        self, params: Mapping[str, np.ndarray], config: SwinConfig, ops: Any, convert: Callable[[Any], Array]
+        self,
+        params: Mapping[str, np.ndarray],
+        config: SwinConfig,
+        ops: Any,
+        convert: Callable[[Any], Array],
+        *,
+        exact: Callable[[Any], Array] | None = None,
+        prepare_bias: Callable[[np.ndarray], Array] | None = None,
+        masks: bool = True,
+        export: Callable[[Array], Array] = lambda y: y,
     ) -> None:
-        self.config, self.ops, self.convert = config, ops, convert
-        self.weights = fold(params, config, convert)
+        self.config, self.ops, self._export = config, ops, export
+        self.weights = fold(params, config, convert, exact)
+        self._plan_options = {"convert": convert, "prepare_bias": prepare_bias, "masks": masks}
         self._plans: OrderedDict[tuple[int, int], Any] = OrderedDict()
         self._lock = threading.Lock()
 
     def run(self, what: Callable[..., Any], pixels: Array, **options: Any) -> Any:
         """``what`` of `forward` (logits, embed, features) for pixels [B, C, H, W]."""
-        block = forward.BLOCK[self.config.version]
-        return what(pixels, self.weights, self.plan(*pixels.shape[2:]), block, self.ops, **options)
+        y = self._forward(what, pixels, self.plan(*pixels.shape[2:]), options)
+        return [self._export(z) for z in y] if isinstance(y, list) else self._export(y)
+
+    def _forward(self, what: Callable[..., Any], pixels: Array, plan: Any, options: Mapping[str, Any]) -> Any:
+        return what(pixels, self.weights, plan, forward.BLOCK[self.config.version], self.ops, **options)
 
     def plan(self, height: int, width: int) -> Any:
         """The plan of an input size: masks and biases, kept for the last few sizes."""
@@ -55,7 +72,7 @@ class Eager:
         with self._lock:
             found = self._plans.pop(size, None)
             if found is None:
-                found = plan(self.weights, self.config, height, width, self.convert)
+                found = plan(self.weights, self.config, height, width, **self._plan_options)
             self._plans[size] = found
             while len(self._plans) > _PLANS:
                 self._plans.popitem(last=False)
@@ -72,43 +89,32 @@ class Graphs(Eager):
 
     Parameters
     ----------
-    params, config
-        See `Eager`.
-    ops : swincupy.ops.fused.Fused
-    convert : callable
-    export : callable
-        Copies a result out of a graph's memory, as float32.
+    *args, **options
+        See `Eager`; ``export`` must copy.
     capacity : int
         Graphs kept; the least recently used goes first.
     """
 
-    def __init__(
-        self,
-        params: Mapping[str, np.ndarray],
-        config: SwinConfig,
-        ops: Any,
-        convert: Callable[[Any], Array],
-        export: Callable[[Array], Array],
-        capacity: int = 16,
-    ) -> None:
-        super().__init__(params, config, ops, convert)
-        self._export, self._capacity = export, capacity
+    def __init__(self, *args: Any, capacity: int = 16, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._capacity = capacity
         self._replays: OrderedDict[Any, _Replay] = OrderedDict()
         self._capturing = threading.Lock()
 
     def run(self, what: Callable[..., Any], pixels: Array, **options: Any) -> Any:
         """As `Eager.run`; ``pixels`` is an array on the host or on the device."""
         shape = (bucket(pixels.shape[0]), *pixels.shape[1:])
-        key = (what, tuple(sorted(options.items())), shape, str(pixels.dtype))
+        key = (what, tuple(sorted(options.items())), shape)
         with self._lock:
             replay = self._replays.get(key)
             if replay is not None:
                 self._replays.move_to_end(key)
         if replay is None:
-            replay = self._capture(key, lambda x: super(Graphs, self).run(what, x, **options), shape, pixels.dtype)
+            plan = self.plan(*shape[2:])
+            replay = self._capture(key, lambda x: self._forward(what, x, plan, options), shape)
         return replay(pixels, self._export)
 
-    def _capture(self, key: Any, run: Callable[[Array], Any], shape: tuple[int, ...], dtype: Any) -> _Replay:
+    def _capture(self, key: Any, run: Callable[[Array], Any], shape: tuple[int, ...]) -> _Replay:
         from cupy.cuda.memory import OutOfMemoryError
 
         with self._capturing:  # one at a time: each fills the memory that it will own
@@ -116,10 +122,10 @@ class Graphs(Eager):
                 if key in self._replays:
                     return self._replays[key]
             try:
-                replay = _Replay(run, shape, dtype)
+                replay = _Replay(run, shape)
             except OutOfMemoryError:
                 self.clear()
-                replay = _captured_or_explained(run, shape, dtype)
+                replay = _captured_or_explained(run, shape)
             with self._lock:
                 self._replays[key] = replay
                 while len(self._replays) > self._capacity:
@@ -148,15 +154,16 @@ def bucket(batch: int) -> int:
 class _Replay:
     """One captured forward pass: its graph, its memory, its input and its outputs."""
 
-    def __init__(self, run: Callable[[Array], Any], shape: tuple[int, ...], dtype: Any) -> None:
+    def __init__(self, run: Callable[[Array], Any], shape: tuple[int, ...]) -> None:
         import cupy
 
+        self._run = run  # holds the weights and the plan that the graph reads
         self._pool = cupy.cuda.MemoryPool()
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._lock = threading.Lock()
         self._done = cupy.cuda.Event(disable_timing=True)
         with self._stream, cupy.cuda.using_allocator(self._pool.malloc):
-            self._input = cupy.zeros(shape, dtype)
+            self._input = cupy.zeros(shape, np.float32)
             run(self._input)  # compiles kernels, chooses algorithms, and leaves its memory in the pool
             self._stream.synchronize()
             self._stream.begin_capture(cupy.cuda.runtime.streamCaptureModeThreadLocal)
@@ -187,14 +194,14 @@ class _Replay:
                 self._done.record(stream)
 
 
-def _captured_or_explained(run: Callable[[Array], Any], shape: tuple[int, ...], dtype: Any) -> _Replay:
+def _captured_or_explained(run: Callable[[Array], Any], shape: tuple[int, ...]) -> _Replay:
     """The last try after memory was given back; says what is missing."""
     import cupy
     from cupy.cuda.memory import OutOfMemoryError as CupyOutOfMemory
 
     free, total = cupy.cuda.runtime.memGetInfo()
     try:
-        return _Replay(run, shape, dtype)
+        return _Replay(run, shape)
     except CupyOutOfMemory as error:
         explained = OutOfMemoryError(
             f"model: a batch of shape {shape} must fit into the device's memory: {error}; "

@@ -10,18 +10,16 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from swincupy import forward
+from swincupy.backend import backend, host, is_float_array
 from swincupy.config import SwinConfig
-from swincupy.engine import Eager
-from swincupy.errors import ConfigError, DeviceError, InputError
-from swincupy.ops import reference, tiled
+from swincupy.errors import ConfigError, InputError
+from swincupy.ops import reference
 
 if TYPE_CHECKING:
     from swincupy.preprocess import Preprocess
 
 Array = Any
 Images = Any  # an array, an image (path, file, PIL), or a sequence of images
-
-_DTYPES = {"fp32": np.float32, "fp64": np.float64}
 
 
 class Prediction(NamedTuple):
@@ -40,6 +38,7 @@ def load(
     config: SwinConfig | None = None,
     pad_mode: Literal["pad_roll", "roll_pad"] | None = None,
     preset: Literal["timm", "ms", "hf", "torchvision"] | None = None,
+    graphs: bool = True,
 ) -> SwinTransformer:
     """Load a Swin Transformer from a checkpoint of any known layout.
 
@@ -51,14 +50,17 @@ def load(
         themselves by name.
     device : "cpu", "cuda", "cuda:N" or N, optional
         Where the model runs; None is "cpu".
-    precision : {"fp32", "fp64"}
-        "fp64" is for reference results.
+    precision : {"fp32", "fp64", "tf32", "fp16", "bf16"}
+        The CPU has "fp32" and "fp64", which is for reference results; a GPU all but "fp64". Results
+        are float32 (float64 for "fp64") whatever computes them.
     config : SwinConfig, optional
         Needed only for what the arrays and the files beside them do not tell. It must not contradict them.
     pad_mode : {"pad_roll", "roll_pad"}, optional
         See `SwinConfig`; None is what the checkpoint's source does.
     preset : {"timm", "ms", "hf", "torchvision"}, optional
         Preprocessing of images; None is that of the checkpoint's source.
+    graphs : bool
+        On a GPU, replay CUDA graphs; False runs operation by operation, for debugging.
 
     Returns
     -------
@@ -79,7 +81,7 @@ def load(
     from swincupy.checkpoint import read_checkpoint
     from swincupy.preprocess import for_checkpoint
 
-    _target(device, precision)  # before any reading
+    backend(device, precision)  # says no before anything is read
     labels = None
     if isinstance(source, (str, os.PathLike)) and not os.path.exists(source):
         name = os.fspath(source)
@@ -94,6 +96,7 @@ def load(
         preprocess=for_checkpoint(checkpoint.preprocess, checkpoint.layout, config, preset=preset),
         device=device,
         precision=precision,
+        graphs=graphs,
     )
 
 
@@ -127,10 +130,12 @@ class SwinTransformer:
         preprocess: Preprocess | None = None,
         device: str | int | None = None,
         precision: str = "fp32",
+        graphs: bool = True,
     ) -> None:
         from swincupy.preprocess import for_checkpoint
 
-        self.device, self.precision = _target(device, precision)
+        self._backend = backend(device, precision, graphs=graphs)
+        self.device, self.precision = self._backend.device, self._backend.precision
         self.config = config.with_conventions("microsoft")
         self.layout = layout
         self.labels = tuple(labels) if labels is not None else None
@@ -140,9 +145,7 @@ class SwinTransformer:
             )
         self.preprocess = preprocess or for_checkpoint(None, layout, self.config)
         self._params = dict(params)
-        self._xp = _namespace(self.device)
-        self._dtype = _DTYPES[self.precision]
-        self._engine = Eager(self._params, self.config, tiled if self._xp is np else reference, self._asarray)
+        self._engine = self._backend.engine(self._params, self.config)
 
     def __repr__(self) -> str:
         c = self.config
@@ -170,7 +173,7 @@ class SwinTransformer:
         [B, num_classes]
         """
         self._need_head("model(x)")
-        return self._answer(x, self._engine.run(forward.logits, self._pixels(x)))
+        return self._backend.answer(x, self._run(forward.logits, x))
 
     def embed(
         self, x: Images | Iterable[Any], *, normalize: bool = False, batch_size: int = 64, progress: bool = False
@@ -203,11 +206,11 @@ class SwinTransformer:
         if self._engine.weights["norm"] is None:
             raise InputError("embed: the checkpoint has no final norm (a detection backbone); use features(norm=True)")
         for batch in self._batches(x, batch_size, progress):
-            y = self._engine.run(forward.embed, self._pixels(batch))
+            y = self._run(forward.embed, batch)
             if normalize:
-                length = self._xp.sqrt(self._xp.sum(y * y, axis=-1, keepdims=True))
-                y = y / self._xp.maximum(length, 1e-12)
-            yield self._answer(batch, y)
+                xp = self._backend.xp
+                y = y / xp.maximum(xp.sqrt(xp.sum(y * y, axis=-1, keepdims=True)), 1e-12)
+            yield self._backend.answer(batch, y)
 
     def features(
         self,
@@ -241,8 +244,10 @@ class SwinTransformer:
             raise InputError(f"features: out_indices must be stages from 0 to {stages - 1}, got {out_indices!r}")
         if layout not in ("NCHW", "NHWC"):
             raise InputError(f"features: layout must be 'NCHW' or 'NHWC', got {layout!r}")
-        maps = self._engine.run(forward.features, self._pixels(x), wanted=tuple(i % stages for i in asked), norm=norm)
-        return [self._answer(x, self._xp.moveaxis(z, -1, 1) if layout == "NCHW" else z) for z in maps]
+        maps = self._run(forward.features, x, wanted=tuple(i % stages for i in asked), norm=norm)
+        if layout == "NCHW":
+            maps = [self._backend.xp.moveaxis(z, -1, 1) for z in maps]
+        return [self._backend.answer(x, z) for z in maps]
 
     def classify(
         self, images: Images | Iterable[Any], topk: int = 5, *, batch_size: int = 64, progress: bool = False
@@ -264,8 +269,7 @@ class SwinTransformer:
             raise InputError(f"classify: topk must be at least 1, got {topk}")
         found = []
         for batch in self._batches(images, batch_size, progress):
-            probabilities = reference.softmax(self._engine.run(forward.logits, self._pixels(batch)))
-            for row in probabilities if self._xp is np else probabilities.get():
+            for row in reference.softmax(host(self._run(forward.logits, batch))):
                 best = np.argsort(-row, kind="stable")[:topk]
                 found.append([Prediction(self._label(i), float(row[i]), int(i)) for i in best])
         return found
@@ -287,7 +291,7 @@ class SwinTransformer:
         """Arrays in slices; images decoded and preprocessed as they are needed."""
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
-        if _is_float_array(x):
+        if is_float_array(x):
             self._check(x)
             batches: Iterable[Any] = (x[i : i + batch_size] for i in range(0, x.shape[0], batch_size))
             total = x.shape[0]
@@ -306,12 +310,13 @@ class SwinTransformer:
                 yield batch
                 bar.update(batch.shape[0])
 
-    def _pixels(self, x: Images) -> Array:
-        """Normalised pixels [B, C, H, W] on the model's device and in its dtype."""
-        if not _is_float_array(x):
-            x = self.preprocess(x)
+    def _run(self, what: Any, x: Images, **options: Any) -> Any:
+        """``what`` of `forward` for float arrays or images, in the backend's library."""
+        if not is_float_array(x):
+            x = self.preprocess(host(x) if hasattr(x, "dtype") else x)
         self._check(x)
-        return self._asarray(x)
+        with self._backend.active():
+            return self._engine.run(what, self._backend.pixels(x), **options)
 
     def _check(self, x: Array) -> None:
         shape, channels = tuple(x.shape), self.config.in_chans
@@ -322,70 +327,3 @@ class SwinTransformer:
             raise InputError(f"model: x must be [B, {channels}, H, W], got shape {shape}{hint}")
         if 0 in shape:
             raise InputError(f"model: x must hold at least one image and one pixel, got shape {shape}")
-
-    def _asarray(self, x: Any) -> Array:
-        return self._xp.asarray(_host(x) if self._xp is np else x, dtype=self._dtype)
-
-    def _answer(self, asked: Any, y: Array) -> Array:
-        """The result in the library of the array that was asked with, NumPy for anything else."""
-        if self._xp is not np:
-            from array_api_compat import is_cupy_array
-
-            if is_cupy_array(asked):
-                return y
-            y = y.get()
-        if not _is_float_array(asked) or isinstance(asked, np.ndarray):
-            return y
-        xp = array_namespace(asked)
-        return xp.asarray(y, device=asked.device)
-
-
-def _is_float_array(x: Any) -> bool:
-    """Whether x is an array of any library that holds floats (uint8 arrays are images)."""
-    dtype = getattr(x, "dtype", None)
-    if dtype is None or not hasattr(x, "shape"):
-        return False
-    return "float" in str(dtype)
-
-
-def _host(x: Any) -> np.ndarray:
-    """Any library's array as a NumPy array."""
-    if isinstance(x, np.ndarray):
-        return x
-    if hasattr(x, "get") and hasattr(x, "__cuda_array_interface__"):  # CuPy
-        return np.asarray(x.get())
-    if hasattr(x, "detach"):  # PyTorch
-        x = x.detach().cpu()
-        x = x.float() if "bfloat16" in str(x.dtype) else x  # NumPy has no bfloat16
-    return np.asarray(x)
-
-
-def _target(device: str | int | None, precision: str) -> tuple[str, str]:
-    """The device as "cpu" or "cuda:N", and the precision; refuses what cannot be had here."""
-    if precision not in _DTYPES:
-        raise DeviceError(f"load: precision must be one of {', '.join(_DTYPES)}, got {precision!r}")
-    name = "cpu" if device is None else f"cuda:{device}" if isinstance(device, int) else str(device)
-    if name == "cpu":
-        return name, precision
-    kind, _, number = name.partition(":")
-    if kind != "cuda" or not (number or "0").isdecimal():
-        raise DeviceError(f'load: device must be "cpu", "cuda" or "cuda:N", got {device!r}')
-    try:
-        import cupy
-    except ImportError:
-        raise DeviceError(f'load: device {name!r} needs CuPy; pip install "swincupy[cuda13]"') from None
-    try:
-        count = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        raise DeviceError(f"load: device {name!r} cannot be used: {error}; use device='cpu'") from None
-    if int(number or 0) >= count:
-        raise DeviceError(f"load: device {name!r} does not exist, there are {count}; use device='cpu' or a lower one")
-    return f"cuda:{int(number or 0)}", precision
-
-
-def _namespace(device: str) -> Any:
-    if device == "cpu":
-        return np
-    import cupy
-
-    return cupy

@@ -71,7 +71,12 @@ def parameter_shapes(config: SwinConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def fold(params: Mapping[str, Array], config: SwinConfig, convert: Callable[[Array], Array]) -> Weights:
+def fold(
+    params: Mapping[str, Array],
+    config: SwinConfig,
+    convert: Callable[[Array], Array],
+    exact: Callable[[Array], Array] | None = None,
+) -> Weights:
     """Nest flat parameters into one dictionary of arguments for each operation of the forward pass.
 
     Parameters
@@ -81,6 +86,8 @@ def fold(params: Mapping[str, Array], config: SwinConfig, convert: Callable[[Arr
         norm of stage i's feature map) may be there.
     convert : callable
         Takes a parameter to the dtype and device of the model.
+    exact : callable, optional
+        The same for the few numbers that shall not be rounded to 16 bits, V2's logit scales.
 
     Returns
     -------
@@ -116,7 +123,7 @@ def fold(params: Mapping[str, Array], config: SwinConfig, convert: Callable[[Arr
             position = {"table": params[f"{name}.attn.relative_position_bias_table"]}
         else:
             stored = np.asarray(params[f"{name}.attn.logit_scale"], dtype=np.float64).reshape(-1)
-            attn["logit_scale"] = convert(np.exp(np.minimum(stored, math.log(100.0))))
+            attn["logit_scale"] = (exact or convert)(np.exp(np.minimum(stored, math.log(100.0))))
             position = {
                 "fc1_weight": params[f"{name}.attn.cpb_mlp.0.weight"],
                 "fc1_bias": params[f"{name}.attn.cpb_mlp.0.bias"],
@@ -164,7 +171,13 @@ def fold(params: Mapping[str, Array], config: SwinConfig, convert: Callable[[Arr
 
 
 def plan(
-    weights: Weights, config: SwinConfig, height: int, width: int, convert: Callable[[np.ndarray], Array]
+    weights: Weights,
+    config: SwinConfig,
+    height: int,
+    width: int,
+    convert: Callable[[np.ndarray], Array],
+    prepare_bias: Callable[[np.ndarray], Array] | None = None,
+    masks: bool = True,
 ) -> Weights:
     """Everything that depends on weights and on the size of the input, but not on its values.
 
@@ -176,6 +189,10 @@ def plan(
         Pixels.
     convert : callable
         Takes an array to the dtype and device of the model.
+    prepare_bias : callable, optional
+        The same for position biases, where the operations want them in a form of their own.
+    masks : bool
+        False where the operations make the mask of a shift themselves.
 
     Returns
     -------
@@ -187,11 +204,11 @@ def plan(
     stages = []
     for i, (stage, g) in enumerate(zip(weights["stages"], geometry, strict=True)):
         H, W = (size + -size % m for size, m in zip(g.grid, g.window, strict=True))  # padded
-        mask = convert(reference.shift_mask(H, W, g.window, g.shift)) if any(g.shift) else None
+        mask = convert(reference.shift_mask(H, W, g.window, g.shift)) if masks and any(g.shift) else None
         stages.append(
             [
                 {
-                    "position_bias": position_bias(block["position"], config, i, g.window, convert),
+                    "position_bias": position_bias(block["position"], config, i, g.window, prepare_bias or convert),
                     "mask": mask if j % 2 else None,
                     "window": g.window,
                     "shift": g.shift if j % 2 else (0, 0),
