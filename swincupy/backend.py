@@ -31,9 +31,14 @@ class Backend(Protocol):
         Array namespace of pixels and results.
     """
 
-    device: str
-    precision: str
-    xp: Any
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def precision(self) -> str: ...
+
+    @property
+    def xp(self) -> Any: ...
 
     def engine(self, params: Mapping[str, np.ndarray], config: SwinConfig) -> Eager:
         """The forward pass over these parameters."""

@@ -54,7 +54,7 @@ class Eager:
     ) -> None:
         self.config, self.ops, self._export = config, ops, export
         self.weights = fold(params, config, convert, exact)
-        self._plan_options = {"convert": convert, "prepare_bias": prepare_bias, "masks": masks}
+        self._plan_options: dict[str, Any] = {"convert": convert, "prepare_bias": prepare_bias, "masks": masks}
         self._plans: OrderedDict[tuple[int, int], Any] = OrderedDict()
         self._lock = threading.Lock()
 

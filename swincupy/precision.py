@@ -71,7 +71,7 @@ def of(name: str | Precision, *, sm: int | None = None) -> Precision:
     """
     p = name if isinstance(name, Precision) else PRECISIONS.get(name)
     if p is None:
-        raise DeviceError(f"precision: name must be one of {', '.join(PRECISIONS)}, got {name!r}")
+        raise DeviceError(f"load: precision must be one of {', '.join(PRECISIONS)}, got {name!r}")
     if sm is not None and not p.ctype:
         gpu = ", ".join(q.name for q in PRECISIONS.values() if q.ctype)
         raise DeviceError(f"precision: {p.name} must run on the CPU; on a GPU use one of {gpu}")
