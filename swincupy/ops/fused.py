@@ -1,0 +1,542 @@
+"""The array operations on the GPU: checks and launches of the kernels of ``cuda/`` and of matrix products.
+
+`Fused` has the operations of `swincupy.ops.reference` under the same names with the same arguments,
+for arrays in the storage of one precision.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from swincupy import jit
+from swincupy import precision as precisions
+from swincupy.errors import InputError
+from swincupy.ops import attention, kernels
+from swincupy.ops.gemm import gemm
+from swincupy.ops.reference import PadMode, Pair
+from swincupy.precision import Precision
+
+Array = Any
+
+
+class Fused:
+    """The array operations of `swincupy.ops.reference` on the GPU, in one precision.
+
+    Parameters
+    ----------
+    precision : str or Precision
+        "fp32", "tf32", "fp16" or "bf16".
+
+    Raises
+    ------
+    DeviceError
+        CuPy's current device does not have the precision.
+
+    Notes
+    -----
+    Arrays are CuPy arrays with the precision's storage dtype, bfloat16 as uint16 (or as arrays whose
+    dtype is ``ml_dtypes.bfloat16``); where they are not C-contiguous they are copied. Results are
+    C-contiguous and in the storage dtype. Work is queued on CuPy's current stream.
+    """
+
+    def __init__(self, precision: str | Precision) -> None:
+        self.precision = precisions.of(precision, sm=jit.compute_capability())
+
+    # ------------------------------------------------------------ elementwise and row by row
+
+    def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+        """See `swincupy.ops.reference.linear`."""
+        x, weight, bias = self._take("linear", x=x, weight=weight, bias=bias)
+        _need(weight.ndim == 2, "linear: weight must be [N, K]", weight)
+        return self._product("linear", x, weight, bias)
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array, *, eps: float = 1e-5) -> Array:
+        """See `swincupy.ops.reference.layer_norm`."""
+        x, weight, bias = self._take("layer_norm", x=x, weight=weight, bias=bias)
+        _need_norm("layer_norm", x.shape[-1], weight, bias)
+        return kernels.layer_norm(x, weight, bias, eps=eps, precision=self.precision)
+
+    def layer_norm_residual(self, x: Array, y: Array, weight: Array, bias: Array, *, eps: float = 1e-5) -> Array:
+        """``x + LN(y)``: what ends both halves of a V2 block.
+
+        Parameters
+        ----------
+        x, y : [..., C]
+        weight, bias : [C]
+
+        Returns
+        -------
+        [..., C]
+        """
+        x, y, weight, bias = self._take("layer_norm_residual", x=x, y=y, weight=weight, bias=bias)
+        _need(y.shape == x.shape, f"layer_norm_residual: y must be {x.shape}, as x is", y)
+        _need_norm("layer_norm_residual", x.shape[-1], weight, bias)
+        return kernels.layer_norm_residual(x, y, weight, bias, eps=eps, precision=self.precision)
+
+    def gelu(self, x: Array) -> Array:
+        """See `swincupy.ops.reference.gelu`."""
+        (x,) = self._take("gelu", x=x)
+        return kernels.gelu(x, precision=self.precision)
+
+    def mlp(self, x: Array, fc1_weight: Array, fc1_bias: Array, fc2_weight: Array, fc2_bias: Array) -> Array:
+        """See `swincupy.ops.reference.mlp`."""
+        x, *weights = self._take(
+            "mlp", x=x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias
+        )
+        return self._mlp("mlp", x, *weights)
+
+    def mlp_block(
+        self,
+        x: Array,
+        norm_weight: Array,
+        norm_bias: Array,
+        fc1_weight: Array,
+        fc1_bias: Array,
+        fc2_weight: Array,
+        fc2_bias: Array,
+        *,
+        post_norm: bool = False,
+        eps: float = 1e-5,
+    ) -> Array:
+        """See `swincupy.ops.reference.mlp_block`."""
+        x, norm_weight, norm_bias, *weights = self._take(
+            "mlp_block",
+            x=x,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            fc1_weight=fc1_weight,
+            fc1_bias=fc1_bias,
+            fc2_weight=fc2_weight,
+            fc2_bias=fc2_bias,
+        )
+        _need_norm("mlp_block", x.shape[-1], norm_weight, norm_bias)
+        options: dict[str, Any] = {"eps": eps, "precision": self.precision}
+        if post_norm:
+            y = self._mlp("mlp_block", x, *weights)
+            _need(y.shape == x.shape, f"mlp_block: fc2_weight must have {x.shape[-1]} rows", weights[2])
+            return kernels.layer_norm_residual(x, y, norm_weight, norm_bias, **options, out=y)
+        y = kernels.layer_norm(x, norm_weight, norm_bias, **options)
+        return self._mlp("mlp_block", y, *weights, residual=x)
+
+    # ------------------------------------------------------------ attention
+
+    def attention_block(
+        self,
+        x: Array,
+        norm_weight: Array,
+        norm_bias: Array,
+        qkv_weight: Array,
+        qkv_bias: Array | None,
+        proj_weight: Array,
+        proj_bias: Array | None,
+        position_bias: Array,
+        mask: Array | None = None,
+        *,
+        num_heads: int,
+        window: Pair,
+        shift: Pair = (0, 0),
+        pad_mode: PadMode = "pad_roll",
+        eps: float = 1e-5,
+    ) -> Array:
+        """See `swincupy.ops.reference.attention_block`.
+
+        ``position_bias`` is [nH, N, N], or what `position_bias` made of it, which saves work in every
+        call. ``mask`` is not read: the kernel has the mask of ``shift``, whatever is given here.
+        """
+        what = "attention_block"
+        x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias = self._take(
+            what,
+            x=x,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            qkv_weight=qkv_weight,
+            qkv_bias=qkv_bias,
+            proj_weight=proj_weight,
+            proj_bias=proj_bias,
+        )
+        B, H, W, _ = self._check_attention(what, x, qkv_weight, proj_weight, num_heads, ndim=4)
+        _need_norm(what, x.shape[-1], norm_weight, norm_bias)
+        y = kernels.layer_norm(x, norm_weight, norm_bias, eps=eps, precision=self.precision)
+        y = attention.window_attention(
+            self._product(what, y, qkv_weight, qkv_bias).reshape(B * H * W, -1),
+            qkv_bias,
+            self.position_bias(position_bias),
+            batch=B,
+            grid=(H, W),
+            window=window,
+            shift=shift,
+            pad_mode=pad_mode,
+            num_heads=num_heads,
+            precision=self.precision,
+        )
+        return self._product(what, y, proj_weight, proj_bias, residual=x).reshape(x.shape)
+
+    def cosine_attention_block(
+        self,
+        x: Array,
+        norm_weight: Array,
+        norm_bias: Array,
+        qkv_weight: Array,
+        qkv_bias: Array | None,
+        proj_weight: Array,
+        proj_bias: Array | None,
+        logit_scale: Array,
+        position_bias: Array,
+        mask: Array | None = None,
+        *,
+        num_heads: int,
+        window: Pair,
+        shift: Pair = (0, 0),
+        pad_mode: PadMode = "pad_roll",
+        eps: float = 1e-5,
+    ) -> Array:
+        """See `swincupy.ops.reference.cosine_attention_block`; ``logit_scale`` best is float32.
+
+        For ``position_bias`` and ``mask`` see `attention_block`.
+        """
+        what = "cosine_attention_block"
+        x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias = self._take(
+            what,
+            x=x,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            qkv_weight=qkv_weight,
+            qkv_bias=qkv_bias,
+            proj_weight=proj_weight,
+            proj_bias=proj_bias,
+        )
+        B, H, W, _ = self._check_attention(what, x, qkv_weight, proj_weight, num_heads, ndim=4)
+        _need_norm(what, x.shape[-1], norm_weight, norm_bias)
+        y = attention.window_attention(
+            self._product(what, x, qkv_weight, qkv_bias).reshape(B * H * W, -1),
+            qkv_bias,
+            self.position_bias(position_bias),
+            batch=B,
+            grid=(H, W),
+            window=window,
+            shift=shift,
+            pad_mode=pad_mode,
+            num_heads=num_heads,
+            logit_scale=self._float32(logit_scale),
+            precision=self.precision,
+        )
+        y = self._product(what, y, proj_weight, proj_bias).reshape(x.shape)
+        return kernels.layer_norm_residual(x, y, norm_weight, norm_bias, eps=eps, precision=self.precision, out=y)
+
+    def window_attention(
+        self,
+        x: Array,
+        qkv_weight: Array,
+        qkv_bias: Array | None,
+        proj_weight: Array,
+        proj_bias: Array | None,
+        position_bias: Array,
+        mask: Array | None = None,
+        *,
+        num_heads: int,
+    ) -> Array:
+        """See `swincupy.ops.reference.window_attention`.
+
+        A mask is read here, unlike in `attention_block`: with one, the windows of each of its nW
+        kinds are attended to in a launch of their own.
+        """
+        weights = (qkv_weight, qkv_bias, proj_weight, proj_bias)
+        return self._window_attention("window_attention", x, weights, None, position_bias, mask, num_heads)
+
+    def cosine_window_attention(
+        self,
+        x: Array,
+        qkv_weight: Array,
+        qkv_bias: Array | None,
+        proj_weight: Array,
+        proj_bias: Array | None,
+        logit_scale: Array,
+        position_bias: Array,
+        mask: Array | None = None,
+        *,
+        num_heads: int,
+    ) -> Array:
+        """See `swincupy.ops.reference.cosine_window_attention`; for a mask see `window_attention`."""
+        weights = (qkv_weight, qkv_bias, proj_weight, proj_bias)
+        scale = self._float32(logit_scale)
+        return self._window_attention("cosine_window_attention", x, weights, scale, position_bias, mask, num_heads)
+
+    def position_bias(self, bias: Array) -> Array:
+        """A bias [nH, N, N] as the attention kernel reads it, on the device; what is so already is returned.
+
+        Takes a float array of NumPy or CuPy, or one in the storage of the precision. From float64 or
+        float32 it is as exact as the kernel's own format is, which a bfloat16 one is not.
+        """
+        import cupy
+
+        if bias.ndim != 3:
+            return bias
+        return cupy.asarray(attention.prepare_position_bias(self._float32(bias), self.precision))
+
+    # ------------------------------------------------------------ between stages
+
+    def patch_embed(
+        self,
+        x: Array,
+        weight: Array,
+        bias: Array | None = None,
+        norm_weight: Array | None = None,
+        norm_bias: Array | None = None,
+        position_embedding: Array | None = None,
+        *,
+        patch_pad: Literal["pad", "crop"] = "pad",
+        eps: float = 1e-5,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> Array:
+        """See `swincupy.ops.reference.patch_embed`; takes pixels as they come, too.
+
+        Parameters
+        ----------
+        x : [B, Cin, Hpx, Wpx] of the storage dtype, float32 or float64, or [B, Hpx, Wpx, Cin] of uint8
+            uint8 pixels are normalised here: ``(x / 255 - mean) / std``. Padding is zero after that.
+        mean, std : Cin numbers
+            For uint8 pixels, and for them only.
+
+        The others are those of the reference.
+        """
+        import cupy
+
+        what = "patch_embed"
+        pixels = x.dtype == np.uint8
+        if not pixels and x.dtype in (np.float32, np.float64):
+            x = cupy.ascontiguousarray(x, np.float32)
+        elif not pixels:
+            (x,) = self._take(what, x=x)
+        x = cupy.ascontiguousarray(x)
+        weight, bias, norm_weight, norm_bias, position_embedding = self._take(
+            what,
+            weight=weight,
+            bias=bias,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            position_embedding=position_embedding,
+        )
+        _need(weight.ndim == 4, "patch_embed: weight must be [C, Cin, Ph, Pw]", weight)
+        C, channels, *patch = weight.shape
+        layout = f"[B, H, W, {channels}] of uint8" if pixels else f"[B, {channels}, H, W]"
+        _need(x.ndim == 4 and x.shape[3 if pixels else 1] == channels, f"patch_embed: x must be {layout}", x)
+        if pixels != (mean is not None and std is not None):
+            raise InputError(
+                f"patch_embed: mean and std must be given for uint8 pixels and for them only, got {mean}, {std} "
+                f"for {x.dtype}"
+            )
+        size = x.shape[1:3] if pixels else x.shape[2:]
+        H, W = (n // p if patch_pad == "crop" else -(-n // p) for n, p in zip(size, patch, strict=True))
+        if min(H, W) == 0:
+            raise InputError(
+                f"patch_embed: x must hold at least one {patch[0]} x {patch[1]} patch, got {size[0]} x {size[1]} pixels"
+            )
+        _need(bias is None or bias.shape == (C,), f"patch_embed: bias must be [{C}]", bias)
+        if norm_weight is not None:
+            _need_norm(what, C, norm_weight, norm_bias)
+        fits = position_embedding is None or position_embedding.shape == (1, H, W, C)
+        _need(fits, f"patch_embed: position_embedding must be [1, {H}, {W}, {C}]", position_embedding)
+        affine = None
+        if mean is not None and std is not None:
+            affine = _affine(tuple(map(float, mean)), tuple(map(float, std)), channels, x.data.device_id)
+        return kernels.patch_embed(
+            x,
+            weight,
+            bias,
+            norm_weight,
+            norm_bias,
+            position_embedding,
+            affine,
+            grid=(H, W),
+            eps=eps,
+            precision=self.precision,
+        )
+
+    def patch_merge(
+        self,
+        x: Array,
+        norm_weight: Array,
+        norm_bias: Array,
+        reduction_weight: Array,
+        *,
+        post_norm: bool = False,
+        eps: float = 1e-5,
+    ) -> Array:
+        """See `swincupy.ops.reference.patch_merge`."""
+        what = "patch_merge"
+        x, norm_weight, norm_bias, reduction_weight = self._take(
+            what, x=x, norm_weight=norm_weight, norm_bias=norm_bias, reduction_weight=reduction_weight
+        )
+        _need(x.ndim == 4, "patch_merge: x must be [B, H, W, C]", x)
+        C = x.shape[3]
+        fits = reduction_weight.ndim == 2 and reduction_weight.shape[1] == 4 * C
+        _need(fits, f"patch_merge: reduction_weight must be [N, {4 * C}]", reduction_weight)
+        _need_norm(what, reduction_weight.shape[0] if post_norm else 4 * C, norm_weight, norm_bias)
+        options: dict[str, Any] = {"eps": eps, "precision": self.precision}
+        if post_norm:
+            y = kernels.patch_merge(x, None, None, **options)
+            return kernels.layer_norm(self._product(what, y, reduction_weight), norm_weight, norm_bias, **options)
+        y = kernels.patch_merge(x, norm_weight, norm_bias, **options)
+        return self._product(what, y, reduction_weight)
+
+    def global_pool(
+        self, x: Array, weight: Array | None = None, bias: Array | None = None, *, eps: float = 1e-5
+    ) -> Array:
+        """See `swincupy.ops.reference.global_pool`."""
+        x, weight, bias = self._take("global_pool", x=x, weight=weight, bias=bias)
+        _need(x.ndim == 4, "global_pool: x must be [B, H, W, C]", x)
+        _need(x.shape[1] * x.shape[2] > 0, "global_pool: x must hold tokens", x)
+        if weight is not None:
+            _need_norm("global_pool", x.shape[-1], weight, bias)
+        return kernels.global_pool(x, weight, bias, eps=eps, precision=self.precision)
+
+    # ------------------------------------------------------------ shared by them
+
+    def _take(self, what: str, **arrays: Array | None) -> list[Any]:
+        """The arrays, contiguous, aligned, and in the storage of the precision; refuses other dtypes."""
+        import cupy
+
+        taken = []
+        for name, x in arrays.items():
+            if x is not None:
+                if not isinstance(x, cupy.ndarray):
+                    raise InputError(f"{what}: {name} must be a CuPy array, got {type(x).__name__}; use cupy.asarray")
+                if x.dtype.name == "bfloat16" and self.precision.name == "bf16":
+                    x = x.view(np.uint16)
+                if x.dtype != self.precision.storage:
+                    raise InputError(
+                        f"{what}: {name} must hold {self.precision.storage} for {self.precision.name}, got {x.dtype}; "
+                        "convert it, or use another precision"
+                    )
+                x = cupy.ascontiguousarray(x)
+                if x.data.ptr % 16 and x.size:  # kernels read 16 bytes at a time
+                    x = x.copy()
+            taken.append(x)
+        return taken
+
+    def _float32(self, x: Array) -> Array:
+        """An array of floats, or in the storage of the precision, as float32."""
+        if x.dtype.name == "bfloat16":
+            x = x.view(np.uint16)
+        if x.dtype == np.uint16:
+            return precisions.decode(x, self.precision)
+        return x.astype(np.float32, copy=False)
+
+    def _product(
+        self,
+        what: str,
+        x: Array,
+        weight: Array,
+        bias: Array | None = None,
+        *,
+        gelu: bool = False,
+        residual: Array | None = None,
+    ) -> Array:
+        """``x W^T + bias`` over the last axis, through gelu, plus residual."""
+        N, K = weight.shape
+        _need(x.shape[-1] == K, f"{what}: x must have {K} channels on its last axis", x)
+        _need(bias is None or bias.shape == (N,), f"{what}: bias must be [{N}]", bias)
+        if residual is not None:
+            _need(residual.shape[-1] == N, f"{what}: weight must have {residual.shape[-1]} rows", weight)
+            residual = residual.reshape(-1, N)
+        y = gemm(x.reshape(-1, K), weight, bias, gelu=gelu, residual=residual, precision=self.precision)
+        return y.reshape(*x.shape[:-1], N)
+
+    def _mlp(
+        self,
+        what: str,
+        x: Array,
+        fc1_weight: Array,
+        fc1_bias: Array,
+        fc2_weight: Array,
+        fc2_bias: Array,
+        *,
+        residual: Array | None = None,
+    ) -> Array:
+        hidden = self._product(what, x, fc1_weight, fc1_bias, gelu=True)
+        return self._product(what, hidden, fc2_weight, fc2_bias, residual=residual)
+
+    def _check_attention(
+        self, what: str, x: Array, qkv_weight: Array, proj_weight: Array, num_heads: int, ndim: int
+    ) -> tuple[int, ...]:
+        _need(x.ndim == ndim, f"{what}: x must be {'[B, H, W, C]' if ndim == 4 else '[B * nW, N, C]'}", x)
+        C = x.shape[-1]
+        if num_heads < 1 or C % num_heads:
+            raise InputError(f"{what}: num_heads must divide the {C} channels of x, got {num_heads}")
+        _need(qkv_weight.shape == (3 * C, C), f"{what}: qkv_weight must be [{3 * C}, {C}]", qkv_weight)
+        _need(proj_weight.shape == (C, C), f"{what}: proj_weight must be [{C}, {C}]", proj_weight)
+        return tuple(x.shape)
+
+    def _window_attention(
+        self,
+        what: str,
+        x: Array,
+        weights: tuple[Array | None, ...],
+        logit_scale: Array | None,
+        position_bias: Array,
+        mask: Array | None,
+        num_heads: int,
+    ) -> Array:
+        names = ("qkv_weight", "qkv_bias", "proj_weight", "proj_bias")
+        x, qkv_weight, qkv_bias, proj_weight, proj_bias = self._take(
+            what, x=x, **dict(zip(names, weights, strict=True))
+        )
+        n, N, C = self._check_attention(what, x, qkv_weight, proj_weight, num_heads, ndim=3)
+        qkv = self._product(what, x, qkv_weight, qkv_bias)
+        side = math.isqrt(N)
+        window = (side, side) if side * side == N else (1, N)  # which tokens are neighbours is the bias's business
+
+        def attend(qkv: Array, bias: Array) -> Array:
+            return attention.window_attention(
+                qkv.reshape(-1, 3 * C),
+                None,
+                self.position_bias(bias),
+                batch=len(qkv),
+                grid=window,
+                window=window,
+                num_heads=num_heads,
+                logit_scale=logit_scale,
+                precision=self.precision,
+            ).reshape(-1, N, C)
+
+        if mask is None:
+            y = attend(qkv, position_bias)
+        else:
+            import cupy
+
+            fits = mask.ndim == 3 and mask.shape[1:] == (N, N) and n % len(mask) == 0
+            _need(fits, f"{what}: mask must be [nW, {N}, {N}] with nW a divisor of {n}", mask)
+            bias, mask = self._float32(position_bias), self._float32(mask)
+            y = cupy.empty(x.shape, self.precision.storage)
+            for i, of_kind in enumerate(mask):
+                y[i :: len(mask)] = attend(cupy.ascontiguousarray(qkv[i :: len(mask)]), bias + of_kind)
+        return self._product(what, y, proj_weight, proj_bias)
+
+
+@functools.lru_cache(maxsize=64)
+def _affine(mean: tuple[float, ...], std: tuple[float, ...], channels: int, device: int) -> Array:
+    """[2, Cin] float32 on the device: normalisation of bytes as ``x * affine[0] + affine[1]``."""
+    import cupy
+
+    if len(mean) != channels or len(std) != channels or min(std) <= 0:
+        raise InputError(f"patch_embed: mean and std must be {channels} numbers, std above 0, got {mean} and {std}")
+    with cupy.cuda.Device(device):
+        return cupy.asarray(
+            np.array([[1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]], np.float32)
+        )
+
+
+def _need(fits: bool, rule: str, x: Array | None) -> None:
+    if not fits:
+        raise InputError(f"{rule}, got shape {None if x is None else tuple(x.shape)}")
+
+
+def _need_norm(what: str, C: int, weight: Array, bias: Array | None) -> None:
+    _need(weight.shape == (C,), f"{what}: the norm's weight must be [{C}]", weight)
+    _need(bias is not None and bias.shape == (C,), f"{what}: the norm's bias must be [{C}]", bias)

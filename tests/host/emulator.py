@@ -1,0 +1,156 @@
+"""The kernels on a machine without a GPU: g++ builds them, one fiber a CUDA thread, NumPy stands in for CuPy.
+
+`install` lets `swincupy.ops.fused.Fused` run on the CPU, checks and launchers included.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import functools
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from swincupy import jit
+from swincupy.resources import resource_dir
+
+SHARED = 1 << 18
+_CTYPES = {"int": ctypes.c_int, "unsigned": ctypes.c_uint, "long long": ctypes.c_longlong, "float": ctypes.c_float}
+
+
+class DeviceArray(np.ndarray):
+    """A NumPy array that says where it lies as CuPy's do."""
+
+    @property
+    def data(self) -> Any:  # type: ignore[override]
+        return types.SimpleNamespace(ptr=self.ctypes.data, device_id=0)
+
+    def get(self) -> np.ndarray:
+        return np.array(self)
+
+
+def asarray(x: Any, dtype: Any = None) -> DeviceArray:
+    return np.array(x, dtype, order="C").view(DeviceArray)
+
+
+@functools.cache
+def _folder() -> Path:
+    """Where kernels are built: the kernels, and the stand-ins for their common header."""
+    folder = Path(tempfile.mkdtemp(prefix="swincupy-host-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for file in (*resource_dir("cuda").glob("*.cu*"), *Path(__file__).parent.glob("*.cuh")):
+        shutil.copy(file, folder)
+    return folder
+
+
+@functools.cache
+def _build(name: str, prelude: str) -> Any:
+    folder = _folder()
+    text = (folder / f"{name}.cu").read_text()
+    text = re.sub(
+        r"extern __shared__ (__align__\(\d+\)) ([\w ]+) (\w+)\[\];", rf"static \1 \2 \3[{SHARED} / sizeof(\2)];", text
+    )
+    parameters = jit.parameters(name, {})
+    fields = "".join(f"{p.ctype}{'*' * p.pointer} {p.name};\n" for p in parameters)
+    taken = ", ".join(f"{'void*' if p.pointer else p.ctype} {p.name}" for p in parameters)
+    given = ", ".join(f"({p.ctype}*){p.name}" if p.pointer else p.name for p in parameters)
+    passed = ", ".join(f"args.{p.name}" for p in parameters)
+    entry = f"""
+static struct {{ {fields} }} args;
+extern "C" void run(unsigned grid_x, unsigned grid_y, unsigned grid_z, int threads, {taken}) {{
+    gridDim = {{grid_x, grid_y, grid_z}};
+    args = {{{given}}};
+    host::launch(gridDim, threads, [] {{ {name}({passed}); }});
+}}
+"""
+    stem = f"{name}-{abs(hash(prelude))}"
+    (folder / f"{stem}.cpp").write_text(f'#include "more.cuh"\n{prelude}{text}{entry}')
+    build = ["g++", "-O1", "-std=c++17", "-w", "-shared", "-fPIC", f"{stem}.cpp", "-o", f"{stem}.so"]
+    subprocess.run(build, cwd=folder, check=True)
+    return ctypes.CDLL(str(folder / f"{stem}.so")).run
+
+
+def kernel(name: str, *, arch: Any = None, **constants: jit.Constant) -> Callable[..., None]:
+    """Stands in for `jit.kernel`."""
+    types_ = {k: "_Float16" if v == "__half" else v for k, v in constants.items()}
+    run = _build(name, jit.prelude(types_))
+    parameters = jit.parameters(name, constants)
+
+    def launch(grid: Any, block: Any, *args: Any, shared: int = 0) -> None:
+        assert len(args) == len(parameters) and shared <= SHARED
+        cast = []
+        for p, a in zip(parameters, args, strict=True):
+            if not p.pointer:
+                cast.append(_CTYPES[p.ctype](a))
+            elif a is None:
+                cast.append(ctypes.c_void_p())
+            else:
+                assert a.dtype == jit._ELEMENTS[p.ctype] and a.flags.c_contiguous, (name, p, a.dtype)
+                cast.append(ctypes.c_void_p(a.ctypes.data))
+        run(*jit._triple(grid), int(np.prod(block)), *cast)
+
+    return launch
+
+
+def gemm(
+    a: Any, w: Any, bias: Any = None, *, gelu: bool = False, residual: Any = None, out: Any = None, precision: Any
+) -> DeviceArray:
+    """Stands in for `ops.gemm.gemm`: float64, rounded once."""
+    from swincupy import precision as precisions
+    from swincupy.ops import reference
+
+    def exact(x: Any) -> np.ndarray:
+        return precisions.decode(np.asarray(x), precision).astype(np.float64)
+
+    y = exact(a) @ exact(w).T
+    y = y if bias is None else y + exact(bias)
+    y = reference.gelu(y) if gelu else y
+    y = y if residual is None else y + exact(residual)
+    return asarray(precisions.encode(y, precision))
+
+
+@contextlib.contextmanager
+def installed() -> Iterator[None]:
+    """Within it the GPU's modules find the CPU where they look for a GPU."""
+    from swincupy.ops import fused
+
+    cupy = types.ModuleType("cupy")
+
+    def empty(shape: Any, dtype: Any) -> DeviceArray:
+        x = asarray(np.zeros(shape, dtype))
+        x.view(np.uint8).fill(0xFF)  # NaN: what no kernel writes is found
+        return x
+
+    cupy.ndarray, cupy.asarray, cupy.empty = DeviceArray, asarray, empty  # type: ignore[attr-defined]
+    cupy.ascontiguousarray = lambda x, dtype=None: np.ascontiguousarray(x, dtype).view(DeviceArray)  # type: ignore[attr-defined]
+    cupy.cuda = types.SimpleNamespace(Device=lambda n: contextlib.nullcontext())  # type: ignore[attr-defined]
+    changed: list[tuple[Any, str, Any]] = [
+        (jit, "kernel", kernel),
+        (jit, "compute_capability", lambda: 90),
+        (jit, "multiprocessors", lambda device: 2),
+        (jit, "shared_per_multiprocessor", lambda device: 100_000),
+        (fused, "gemm", gemm),
+    ]
+    kept = [(where, name, getattr(where, name)) for where, name, _ in changed]
+    found = sys.modules.get("cupy")
+    try:
+        sys.modules["cupy"] = cupy
+        for where, name, value in changed:
+            setattr(where, name, value)
+        yield
+    finally:
+        for where, name, value in kept:
+            setattr(where, name, value)
+        sys.modules.pop("cupy")
+        if found is not None:
+            sys.modules["cupy"] = found
