@@ -189,7 +189,7 @@ def patch_embed(
     _need(weight.ndim == 4, "patch_embed: weight must be [C, Cin, Ph, Pw]", weight)
     C, Cin, ph, pw = weight.shape
     _need(x.ndim == 4 and x.shape[1] == Cin, f"patch_embed: x must be [B, {Cin}, H, W]", x)
-    xp = array_namespace(x)
+    xp, given = array_namespace(x), x.shape[2:]
     if patch_pad == "crop":
         x = x[:, :, : x.shape[2] // ph * ph, : x.shape[3] // pw * pw]
     else:
@@ -197,7 +197,7 @@ def patch_embed(
     B, _, hpx, wpx = x.shape
     H, W = hpx // ph, wpx // pw
     if min(H, W) == 0:
-        raise InputError(f"patch_embed: x must hold at least one {ph} x {pw} patch, got {hpx} x {wpx} pixels")
+        raise InputError(f"patch_embed: x must hold at least one {ph} x {pw} patch, got {given[0]} x {given[1]} pixels")
     x = xp.permute_dims(xp.reshape(x, (B, Cin, H, ph, W, pw)), (0, 2, 4, 1, 3, 5))
     x = linear(xp.reshape(x, (B, H, W, Cin * ph * pw)), xp.reshape(weight, (C, -1)), bias)
     if norm_weight is not None:
