@@ -79,11 +79,7 @@ def _huggingface_fields(config: Mapping[str, Any], title: str) -> Fields:
     fields["window_size"] = frozen(config.get("window_size", 7))
     fields["norm_eps"] = config.get("layer_norm_eps", 1e-5)
     if fields["version"] == 2:
-        pretrained = frozen(config.get("pretrained_window_sizes", 0))
-        stages = fields.get("depths")
-        if isinstance(pretrained, tuple) and isinstance(stages, tuple):
-            pretrained = pretrained[: len(stages)]  # the default has four entries, however many stages there are
-        fields["pretrained_window_sizes"] = pretrained
+        fields["pretrained_window_sizes"] = frozen(config.get("pretrained_window_sizes", 0))
     return fields
 
 
@@ -125,9 +121,9 @@ def name_fields(name: str) -> Fields:
             fields["pretrained_window_sizes"] = tuple(min(int(before), max(side // 2**i, 1)) for i in range(4))
         else:
             fields["pretrained_window_sizes"] = 0
-    elif re.search(r"swin_v2_[tsb](?![a-z])", name):  # torchvision
+    elif re.search(r"swin_v2_[tsb](?![a-z0-9])", name):  # torchvision
         fields |= {"window_size": 8, "img_size": 256, "pretrained_window_sizes": 0}
-    elif re.search(r"swin_[tsb](?![a-z])", name):
+    elif re.search(r"swin_[tsb](?![a-z0-9])", name):
         fields |= {"window_size": 7, "img_size": 224}
     elif size := re.search(r"swin.*[-_](?:img)?(\d{3})(?!\d)", name):  # swin_s3_tiny_224, simmim's ..._img192_...
         fields["img_size"] = int(size[1])

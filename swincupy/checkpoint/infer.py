@@ -289,7 +289,8 @@ def _continuous_windows(
 def _pretrained_windows(arrays: Arrays, stated: Fields, guessed: Fields, found: Translation, title: str) -> Any:
     stages = len(arrays.windows)
     if "pretrained_window_sizes" in stated:
-        return stated["pretrained_window_sizes"]
+        value = stated["pretrained_window_sizes"]  # Hugging Face's default has four entries, however many stages
+        return value[:stages] if isinstance(value, tuple) else value
     if None not in arrays.pretrained:
         return collapse(w for w in arrays.pretrained if w is not None)
     if found.layout == "torchvision":

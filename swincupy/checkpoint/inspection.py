@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from swincupy.checkpoint.layouts import to_canonical
-from swincupy.checkpoint.reading import config_of, labels_of
+from swincupy.checkpoint.reading import check_parameters, config_of, labels_of
 from swincupy.checkpoint.source import open_source
 from swincupy.checkpoint.tensors import FLOATS, StoredTensor
 from swincupy.errors import SwincupyError
@@ -64,6 +64,7 @@ def inspect_checkpoint(
         report["config"] = config.to_dict()
         labels = labels_of(opened, config.num_classes)
         report["labels"] = None if labels is None else len(labels)
+        check_parameters(found, config, opened.title)
     except SwincupyError as error:
         report["problem"] = str(error)
     if check_values:

@@ -76,12 +76,13 @@ def read_checkpoint(
     opened = open_source(source)
     found = to_canonical(opened.tensors, opened.title)
     complete = config_of(opened, found, config)
+    if opened.metadata.get("format") == "swincupy":
+        found = dataclasses.replace(found, layout="swincupy")
     check_parameters(found, complete, opened.title)
-    ours = opened.metadata.get("format") == "swincupy"
     return Checkpoint(
         params={name: tensor.read() for name, tensor in found.tensors.items()},
         config=complete,
-        layout="swincupy" if ours else found.layout,
+        layout=found.layout,
         labels=labels_of(opened, complete.num_classes),
         preprocess=_preprocess(opened),
         metadata=opened.metadata,
@@ -144,7 +145,7 @@ def _expected(found: Translation, config: SwinConfig) -> tuple[dict[str, Shape],
         for kind in ("weight", "bias"):
             required[f"norm{level}.{kind}"] = optional[f"norm{level}.{kind}"]
     # backbones: a norm for each feature map instead of the final one (Hugging Face's V2 has neither)
-    without = bool(levels) or (found.layout == "huggingface" and found.version == 2)
+    without = bool(levels) or (found.layout in ("huggingface", "swincupy") and found.version == 2)
     if without and config.num_classes == 0 and not {"norm.weight", "norm.bias"} & set(found.tensors):
         del required["norm.weight"], required["norm.bias"]
     return required, optional

@@ -49,7 +49,7 @@ def save_checkpoint(
     CheckpointError
         The arrays are not those of ``config``, or the file cannot be written.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     target = Path(os.fspath(path))
     if target.suffix != ".safetensors":
@@ -75,12 +75,14 @@ def save_checkpoint(
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
     try:
         try:
-            save_file(arrays, temporary, metadata)
-            _flush(temporary)
+            with open(temporary, "xb") as file:
+                file.write(save(arrays, metadata))
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
-        _flush(target.parent)
+        _flush_directory(target.parent)
     except OSError as error:
         raise CheckpointError(f"save_checkpoint: {target} cannot be written ({error})") from error
 
@@ -92,11 +94,11 @@ def _json(preprocess: Mapping[str, Any]) -> str:
         raise CheckpointError(f"save_checkpoint: preprocess must consist of JSON values ({error})") from None
 
 
-def _flush(path: Path) -> None:
-    """fsync; directories too where the system can (a rename lasts only then)."""
-    if path.is_dir() and os.name == "nt":
+def _flush_directory(path: Path) -> None:
+    """Make a rename last through a power cut, where the system can open directories."""
+    if os.name == "nt":
         return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -6,6 +6,7 @@ the source would save it, buffers included.
 
 from __future__ import annotations
 
+import json
 import re
 import struct
 import zipfile
@@ -73,13 +74,13 @@ def timm(params: Params, config: SwinConfig) -> Params:
 def huggingface(params: Params, config: SwinConfig, names: str = "v4", prefix: str | None = None) -> Params:
     prefix = ("swin." if config.version == 1 else "swinv2.") if prefix is None else prefix
     new = names == "v5"
-    C = config.embed_dim
     out: Params = {}
     for name, x in params.items():
         if name.startswith("head."):
             out["classifier." + name[5:]] = x
             continue
-        block, _, rest = re.fullmatch(r"(layers\.\d+\.blocks\.\d+\.)?((?:)).*", name)[1] or "", "", name
+        in_block = re.match(r"layers\.\d+\.blocks\.\d+\.", name)
+        block = in_block[0] if in_block else ""
         rest = name[len(block) :]
         at = f"{prefix}encoder.{block}" if block else prefix
         if rest.startswith("attn.qkv."):
@@ -107,7 +108,6 @@ def huggingface(params: Params, config: SwinConfig, names: str = "v4", prefix: s
         }
         start = next(k for k in table if rest.startswith(k))
         out[at + table[start] + rest[len(start) :]] = x
-    assert C
     if config.version == 1 and not new:
         for i, (h, w) in enumerate(config.windows):
             for j in range(config.depths[i]):
@@ -194,7 +194,16 @@ class Tensor:
         self.size, self.stride, self.offset = size, stride, offset
 
 
-KINDS = {"f4": "Float", "f8": "Double", "f2": "Half", "i8": "Long", "i4": "Int", "i1": "Char", "u1": "Byte", "b1": "Bool"}
+KINDS = {
+    "f4": "Float",
+    "f8": "Double",
+    "f2": "Half",
+    "i8": "Long",
+    "i4": "Int",
+    "i1": "Char",
+    "u1": "Byte",
+    "b1": "Bool",
+}
 
 
 def pickled(tree: Any) -> bytes:
@@ -256,15 +265,19 @@ def save_torch(
         archive.writestr("archive/data.pkl", pickle)
         archive.writestr("archive/byteorder", byteorder)
         for key, raw in found.items():
-            archive.writestr(f"archive/data/{key}", raw)
+            record = zipfile.ZipInfo(f"archive/data/{key}")
+            record.compress_type = compression
+            pad = -(archive.fp.tell() + 34 + len(record.filename)) % 64  # type: ignore[union-attr]
+            record.extra = (
+                b"FB" + struct.pack("<H", pad) + bytes(pad)
+            )  # data on multiples of 64 bytes, as torch has them
+            archive.writestr(record, raw)
         archive.writestr("archive/version", "3\n")
     return path
 
 
-def save_safetensors(path: Path, header: dict[str, Any] | bytes, data: bytes = b"", length: int | None = None) -> Path:
+def save_safetensors(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:
     """A safetensors file with any header, true or not."""
-    import json
-
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(raw) if length is None else length) + raw + data)
     return path
