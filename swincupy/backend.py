@@ -170,7 +170,8 @@ class Gpu:
 def is_float_array(x: Any) -> bool:
     """Whether x is an array of any library that holds floats (uint8 arrays are images)."""
     dtype = getattr(x, "dtype", None)
-    return dtype is not None and hasattr(x, "shape") and "float" in str(dtype)
+    # NumPy's names say the type whatever the byte order
+    return dtype is not None and hasattr(x, "shape") and "float" in str(getattr(dtype, "name", dtype))
 
 
 def host(x: Any) -> np.ndarray:

@@ -171,6 +171,11 @@ class SwinTransformer:
         Returns
         -------
         [B, num_classes]
+
+        Raises
+        ------
+        InputError
+            The model has no head, or x is nothing that it takes.
         """
         self._need_head("model(x)")
         return self._backend.answer(x, self._run(forward.logits, x))
@@ -193,6 +198,11 @@ class SwinTransformer:
         Returns
         -------
         [B, num_features]
+
+        Raises
+        ------
+        InputError
+            The model has no final norm, or x is nothing that it takes.
         """
         parts = list(self.embed_stream(x, normalize=normalize, batch_size=batch_size, progress=progress))
         if not parts:
@@ -236,6 +246,11 @@ class SwinTransformer:
         -------
         list of arrays
             Stage i: [B, C_i, H_i, W_i], or channels last.
+
+        Raises
+        ------
+        InputError
+            There is no such stage, or x is nothing that the model takes.
         """
         stages = self.config.num_stages
         asked = range(stages) if out_indices is None else out_indices
@@ -258,11 +273,19 @@ class SwinTransformer:
         ----------
         images : image, iterable of images, or array
         topk : int
+            Classes for each image; more than there are gives all.
+        batch_size, progress
+            See `embed`.
 
         Returns
         -------
         list (one for each image) of lists of Prediction(label, score, index)
             Scores are softmax probabilities; a class without a name is called ``class <index>``.
+
+        Raises
+        ------
+        InputError
+            The model has no head, or the images are none that it takes.
         """
         self._need_head("classify")
         if topk < 1:
@@ -272,10 +295,18 @@ class SwinTransformer:
             for row in reference.softmax(host(self._run(forward.logits, batch))):
                 best = np.argsort(-row, kind="stable")[:topk]
                 found.append([Prediction(self._label(i), float(row[i]), int(i)) for i in best])
+        if not found:
+            raise InputError("classify: images must hold at least one image, got none")
         return found
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write weights, configuration, labels and preprocessing as one safetensors file, all or nothing."""
+        """Write weights, configuration, labels and preprocessing as one safetensors file, all or nothing.
+
+        Raises
+        ------
+        CheckpointError
+            ``path`` does not end in .safetensors, or cannot be written.
+        """
         from swincupy.checkpoint import save_checkpoint
 
         save_checkpoint(path, self._params, self.config, labels=self.labels, preprocess=self.preprocess.to_dict())
@@ -299,7 +330,8 @@ class SwinTransformer:
             from swincupy.preprocess import stream
 
             batches = stream(x, self.preprocess, batch_size)
-            total = len(x) if hasattr(x, "__len__") and not isinstance(x, (str, bytes)) else None
+            one = isinstance(x, (str, bytes)) or getattr(x, "ndim", 4) != 4
+            total = 1 if one else len(x) if hasattr(x, "__len__") else None
         if not progress:
             yield from batches
             return
