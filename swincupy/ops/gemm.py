@@ -1,0 +1,391 @@
+"""Matrix products with epilogues on the GPU: which backend computes a product, with which algorithm.
+
+Two backends: cuBLASLt, and the kernel ``cuda/gemm.cu``, whose epilogue has the exact GELU. (cuBLASLt's
+is the tanh approximation: where inputs are mostly negative, as after a first MLP layer, its error is
+2 to 4 times that of float16 arithmetic, so it is not used.) What a product runs on is decided at its
+first use: `swincupy.tune`'s cache if it has it, else the fastest of a short search, or inside of a
+stream capture, where nothing can be timed, the library's first guess.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from swincupy import jit, tune
+from swincupy import precision as precisions
+from swincupy.errors import DeviceError, InputError
+from swincupy.ops import kernels
+from swincupy.ops.cublaslt import Product, bindings
+from swincupy.precision import Precision
+
+Array = Any
+Run = Callable[[Array, Array, Array | None, Array | None, Array], None]  # a, w, bias, residual, out
+
+
+class Tile(NamedTuple):
+    """How ``cuda/gemm.cu`` cuts the result: tiles of blocks and of warps, and slabs of K in shared memory."""
+
+    bm: int
+    bn: int
+    wm: int
+    wn: int
+    stages: int
+
+
+#: First the two that a short search tries. 96 divides the widths of the models whose C is 96 or 192.
+TILES = (
+    Tile(128, 128, 64, 32, 3), Tile(64, 64, 32, 32, 3), Tile(128, 96, 64, 32, 3), Tile(64, 96, 32, 32, 3),
+    Tile(128, 64, 64, 32, 3), Tile(64, 128, 32, 64, 3), Tile(128, 128, 64, 64, 3), Tile(256, 128, 64, 64, 3),
+)  # fmt: skip
+
+
+class Problem(NamedTuple):
+    """A product: everything that its backend and algorithm may depend on."""
+
+    M: int
+    N: int
+    K: int
+    precision: str
+    bias: bool
+    gelu: bool
+    residual: bool
+    alignment: int = 256  # bytes of which all pointers are multiples, a power of two, at most 256
+
+    @property
+    def epilogue(self) -> str:
+        """``"none"``, or what follows the product: ``"bias+gelu"``, ``"bias+residual"``, ..."""
+        return "+".join(k for k in ("bias", "gelu", "residual") if getattr(self, k)) or "none"
+
+
+Choice = bytes | Tile  # a cuBLASLt algorithm, or a tile of the kernel
+
+
+def gemm(
+    a: Array,
+    w: Array,
+    bias: Array | None = None,
+    *,
+    gelu: bool = False,
+    residual: Array | None = None,
+    out: Array | None = None,
+    precision: str | Precision,
+) -> Array:
+    """``act(a @ w.T + bias) + residual``, act the exact (erf) GELU or nothing; sums in float32.
+
+    Enqueued on CuPy's current stream and allowed inside of a capture. The first use of a shape
+    outside of a capture times a few algorithms.
+
+    Parameters
+    ----------
+    a : [M, K]
+    w : [N, K]
+    bias : [N], optional
+    gelu : bool
+    residual : [M, N], optional
+        Not together with ``gelu``.
+    out : [M, N], optional
+        Where the result is written; may be ``residual``.
+    precision : str or Precision
+        All arrays are C-contiguous, on the current device, and of its storage type.
+
+    Returns
+    -------
+    [M, N]
+
+    Raises
+    ------
+    InputError
+        Shapes, types or layouts that do not fit.
+    DeviceError
+        cuBLASLt is not installed, or has no algorithm for this.
+    """
+    import cupy
+
+    p = precisions.of(precision)
+    M, N, K = _check(a, w, bias, gelu, residual, out, p)
+    if out is None:
+        out = cupy.empty((M, N), p.storage)
+    if not M:
+        return out
+    bits = 256
+    for x in (a, w, bias, residual, out):
+        bits |= 0 if x is None else x.data.ptr
+    problem = Problem(M, N, K, p.name, bias is not None, gelu, residual is not None, bits & -bits)
+    plan(problem, (a, w, bias, residual, out))(a, w, bias, residual, out)
+    return out
+
+
+def _check(
+    a: Array, w: Array, bias: Array | None, gelu: bool, residual: Array | None, out: Array | None, p: Precision
+) -> tuple[int, int, int]:
+    if a.ndim != 2 or w.ndim != 2 or a.shape[1] != w.shape[1] or not w.size:
+        raise InputError(f"gemm: a and w must be [M, K] and [N, K], got shapes {tuple(a.shape)} and {tuple(w.shape)}")
+    if gelu and residual is not None:
+        raise InputError("gemm: residual must be None where gelu is True; add it to the result")
+    M, N = a.shape[0], w.shape[0]
+    for name, x, shape in (
+        ("a", a, a.shape), ("w", w, w.shape), ("bias", bias, (N,)), ("residual", residual, (M, N)), ("out", out, (M, N))
+    ):  # fmt: skip
+        if x is None:
+            continue
+        if x.shape != shape or x.dtype != p.storage or not x.flags.c_contiguous:
+            raise InputError(
+                f"gemm: {name} must be {list(shape)} of {p.storage}, C-contiguous, got {list(x.shape)} of {x.dtype} "
+                f"with strides {x.strides}"
+            )
+    return M, N, a.shape[1]
+
+
+# ---------------------------------------------------------------- what runs a product
+
+_plans: dict[tuple[int, Problem], Run] = {}
+_lock = threading.RLock()
+
+
+def plan(problem: Problem, arrays: tuple[Array, ...]) -> Run:
+    """What runs a product on CuPy's current device: made at the first call, the same one ever after.
+
+    Parameters
+    ----------
+    problem : Problem
+    arrays : (a, w, bias or None, residual or None, out)
+        What a search may run it with; out is overwritten.
+    """
+    import cupy
+
+    key = (cupy.cuda.device.get_device_id(), problem)
+    found = _plans.get(key)
+    if found is None:
+        with _lock:
+            found = _plans.get(key)
+            if found is None:
+                found = _plans[key] = _decide(problem, arrays)
+    return found
+
+
+def forget() -> None:
+    """Decide anew at the next use of each product (captured graphs keep what they have)."""
+    with _lock:
+        _plans.clear()
+
+
+def _decide(problem: Problem, arrays: tuple[Array, ...]) -> Run:
+    import cupy
+
+    cached = tune.lookup(problem)
+    if cached is not None:
+        try:
+            return runner(problem, cached)
+        except DeviceError as error:
+            tune.warn(f"the entry for {problem} cannot be used: {error}")
+    if cupy.cuda.get_current_stream().is_capturing():
+        found = choices(problem, 1, ())
+    else:
+        found = choices(problem, 8, TILES[:2] if problem.gelu else ())
+    if not found:
+        return _Padded(problem)
+    if len(found) > 1:
+        timed = search(problem, found, arrays)
+        found = [t.choice for t in timed] or found
+    return runner(problem, found[0])
+
+
+def choices(problem: Problem, algorithms: int, tiles: tuple[Tile, ...]) -> list[Choice]:
+    """What may run a product: up to so many of cuBLASLt's algorithms, best guess first, and these tiles."""
+    found: list[Choice] = [*_product(problem).algorithms(algorithms)]
+    unit = 16 // precisions.of(problem.precision).storage.itemsize
+    if problem.alignment % 16 == 0 and problem.K % unit == 0 and problem.N % 8 == 0:
+        found += tiles
+    return found
+
+
+def runner(problem: Problem, choice: Choice) -> Run:
+    """What runs a product this way.
+
+    Raises
+    ------
+    DeviceError
+        The library does not have the algorithm, or the kernel does not compile.
+    """
+    if isinstance(choice, Tile):
+        return _Kernel(problem, choice)
+    product = _product(problem)
+    product.use(choice)
+    if not problem.gelu:
+        return product
+    precision = precisions.of(problem.precision)
+
+    def product_then_gelu(a: Array, w: Array, bias: Array | None, residual: Array | None, out: Array) -> None:
+        product(a, w, bias, residual, out)
+        kernels.gelu(out, precision=precision, out=out)
+
+    return product_then_gelu
+
+
+def _product(problem: Problem) -> Product:
+    p = problem
+    return Product(p.M, p.N, p.K, precisions.of(p.precision), bias=p.bias, residual=p.residual, alignment=p.alignment)
+
+
+class _Kernel:
+    """``cuda/gemm.cu`` with one tile."""
+
+    def __init__(self, problem: Problem, tile: Tile) -> None:
+        self._kernel = jit.kernel("gemm", **constants(tile, precisions.of(problem.precision), gelu=problem.gelu))
+        self._blocks = blocks(tile, problem.M, problem.N)
+        self._threads = tile.bm // tile.wm * (tile.bn // tile.wn) * 32
+        self._shared = tile.stages * (tile.bm + tile.bn) * 128
+        self._sizes = problem.M, problem.N, problem.K
+
+    def __call__(self, a: Array, w: Array, bias: Array | None, residual: Array | None, out: Array) -> None:
+        self._kernel(self._blocks, self._threads, a, w, bias, residual, out, *self._sizes, shared=self._shared)
+
+
+def constants(tile: Tile, precision: Precision, *, gelu: bool) -> dict[str, jit.Constant]:
+    """The kernel's compile-time constants."""
+    return {
+        "scalar_t": precision.ctype, "EXACT": precision.name == "fp32", "GELU": gelu,
+        "BM": tile.bm, "BN": tile.bn, "WM": tile.wm, "WN": tile.wn, "STAGES": tile.stages,
+    }  # fmt: skip
+
+
+def blocks(tile: Tile, M: int, N: int) -> int:
+    """Blocks of the kernel's grid."""
+    return -(-M // tile.bm) * -(-N // tile.bn)
+
+
+class _Padded:
+    """A product whose sizes no algorithm takes, with N and K padded by zeros to multiples of 16 bytes."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._precision = precisions.of(problem.precision)
+        unit = 16 // self._precision.storage.itemsize
+        N, K = (-(-size // unit) * unit for size in (problem.N, problem.K))
+        self._padded = problem._replace(N=N, K=K, alignment=256)
+        found = choices(self._padded, 1, ())
+        if not found or self._padded == problem:
+            raise DeviceError(f'gemm: cuBLASLt has no algorithm for {problem}; use precision="fp32"')
+        self._run = runner(self._padded, found[0])
+
+    def __call__(self, a: Array, w: Array, bias: Array | None, residual: Array | None, out: Array) -> None:
+        import cupy
+
+        p = self._padded
+        padded = cupy.empty((p.M, p.N), self._precision.storage)
+        self._run(
+            self._pad(a, (p.M, p.K)), self._pad(w, (p.N, p.K)), self._pad(bias, (p.N,)),
+            self._pad(residual, (p.M, p.N)), padded,
+        )  # fmt: skip
+        out[...] = padded[:, : out.shape[1]]
+
+    def _pad(self, x: Array | None, shape: tuple[int, ...]) -> Array | None:
+        import cupy
+
+        if x is None:
+            return None
+        padded = cupy.zeros(shape, self._precision.storage)
+        padded[tuple(slice(size) for size in x.shape)] = x
+        return padded
+
+
+# ---------------------------------------------------------------- search
+
+
+class Timed(NamedTuple):
+    """A choice and the microseconds that it takes."""
+
+    microseconds: float
+    choice: Choice
+
+
+def search(problem: Problem, found: list[Choice], arrays: tuple[Array, ...], budget: float = 1e-3) -> list[Timed]:
+    """Time choices on CuPy's current device, fastest first; without those that fail or compute something else.
+
+    Parameters
+    ----------
+    problem : Problem
+    found : list of choices
+        The first is what the others' results are compared with.
+    arrays : (a, w, bias or None, residual or None, out)
+        out is overwritten; where it is the residual too, an array of its shape is allocated.
+    budget : float
+        Seconds that each may take.
+    """
+    import cupy
+
+    a, w, bias, residual, out = arrays
+    if residual is not None and residual.data.ptr == out.data.ptr:
+        out = cupy.empty_like(out)
+    current = cupy.cuda.get_current_stream()
+    current.synchronize()
+    # a stream that can be captured; the current one where possible, whose pool has the memory already
+    stream = cupy.cuda.Stream(non_blocking=True) if current.ptr in (0, 1, 2) else current
+    timed, expected = list[Timed](), None
+    with stream:
+        for choice in found:
+            try:
+                run = functools.partial(runner(problem, choice), a, w, bias, residual, out)
+                out.data.memset_async(0xFF, out.nbytes, stream)  # NaN, in every type
+                run()
+                got = _some_rows(out)
+                expected = got if expected is None else expected
+                if _agree(got, expected, precisions.of(problem.precision)):
+                    timed.append(Timed(_microseconds(run, stream, budget), choice))
+            except (RuntimeError, MemoryError, bindings().cuBLASLtError):  # this choice does not run here
+                continue
+    stream.synchronize()
+    return sorted(timed, key=lambda t: t.microseconds)
+
+
+def _microseconds(run: Callable[[], None], stream: Any, budget: float) -> float:
+    """Time of one run among several in a CUDA graph, as the engine runs it: the least of three replays."""
+    from cupy.cuda import Event, get_elapsed_time, runtime
+
+    start, stop = Event(), Event()
+
+    def milliseconds(run: Callable[[], None]) -> float:
+        start.record(stream)
+        run()
+        stop.record(stream)
+        stop.synchronize()
+        return float(get_elapsed_time(start, stop))
+
+    count = min(max(int(1e3 * budget / 4 / milliseconds(run)), 4), 64)
+    stream.begin_capture(runtime.streamCaptureModeThreadLocal)
+    try:
+        for _ in range(count):
+            run()
+    finally:
+        graph = stream.end_capture()
+    graph.launch(stream)
+    return min(milliseconds(lambda: graph.launch(stream)) for _ in range(3)) / count * 1e3
+
+
+def _some_rows(out: Array) -> np.ndarray:
+    """The first and the last rows, on the host."""
+    return np.concatenate([out[:32].get(), out[-32:].get()])
+
+
+def _agree(got: np.ndarray, expected: np.ndarray, precision: Precision) -> bool:
+    """Whether two results differ by rounding; True where there is no telling, the arrays at hand not being finite."""
+    x, y = (precisions.decode(z, precision).astype(np.float64) for z in (got, expected))
+    if not np.isfinite(y).all():
+        return True
+    return bool(np.linalg.norm(x - y) <= 4 * precision.tolerance * np.linalg.norm(y))
+
+
+# ---------------------------------------------------------------- for checks that they compile
+
+
+def variants() -> Iterator[jit.Variant]:
+    """The kernels that a search may try, for checks that they compile."""
+    for name in ("fp32", "tf32", "fp16", "bf16"):
+        precision = precisions.of(name)
+        for tile in TILES if name == "fp16" else TILES[:2]:
+            yield jit.Variant("gemm", constants(tile, precision, gelu=True), precision.min_sm)
+        yield jit.Variant("gemm", constants(TILES[0], precision, gelu=False), precision.min_sm)
