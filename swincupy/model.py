@@ -12,13 +12,14 @@ from array_api_compat import array_namespace
 from swincupy import forward
 from swincupy.backend import backend, host, is_float_array
 from swincupy.config import SwinConfig
-from swincupy.errors import ConfigError, InputError
+from swincupy.errors import CheckpointError, ConfigError, InputError
 from swincupy.ops import reference
 
 if TYPE_CHECKING:
     from swincupy.preprocess import Preprocess
 
 Array = Any
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".npz")  # of what is meant as a file
 Images = Any  # an array, an image (path, file, PIL), or a sequence of images
 
 
@@ -85,6 +86,8 @@ def load(
     labels = None
     if isinstance(source, (str, os.PathLike)) and not os.path.exists(source):
         name = os.fspath(source)
+        if os.path.dirname(name) or os.path.splitext(name)[1] in _SUFFIXES:
+            raise CheckpointError(f"load: source must be an existing file or folder, got {name!r}; check the path")
         source, config, labels = registry.fetch(name), config or registry.config_for(name), registry.labels_for(name)
     checkpoint = read_checkpoint(source, config=config)
     config = checkpoint.config if pad_mode is None else checkpoint.config.replace(pad_mode=pad_mode)
@@ -181,7 +184,7 @@ class SwinTransformer:
         return self._backend.answer(x, self._run(forward.logits, x))
 
     def embed(
-        self, x: Images | Iterable[Any], *, normalize: bool = False, batch_size: int = 64, progress: bool = False
+        self, x: Images | Iterable[Any], normalize: bool = False, batch_size: int = 64, progress: bool = False
     ) -> Array:
         """Embeddings: the mean of the normalised tokens of the last stage.
 
@@ -210,7 +213,7 @@ class SwinTransformer:
         return parts[0] if len(parts) == 1 else array_namespace(parts[0]).concat(parts)
 
     def embed_stream(
-        self, x: Images | Iterable[Any], *, normalize: bool = False, batch_size: int = 64, progress: bool = False
+        self, x: Images | Iterable[Any], normalize: bool = False, batch_size: int = 64, progress: bool = False
     ) -> Iterator[Array]:
         """`embed`, yielding the embeddings of ``batch_size`` images at a time."""
         if self._engine.weights["norm"] is None:
@@ -226,7 +229,6 @@ class SwinTransformer:
         self,
         x: Images,
         out_indices: Sequence[int] | None = None,
-        *,
         norm: bool = False,
         layout: Literal["NCHW", "NHWC"] = "NCHW",
     ) -> list[Array]:
@@ -265,7 +267,7 @@ class SwinTransformer:
         return [self._backend.answer(x, z) for z in maps]
 
     def classify(
-        self, images: Images | Iterable[Any], topk: int = 5, *, batch_size: int = 64, progress: bool = False
+        self, images: Images | Iterable[Any], topk: int = 5, batch_size: int = 64, progress: bool = False
     ) -> list[list[Prediction]]:
         """The most likely classes of each image, best first.
 

@@ -47,6 +47,11 @@ _TORCHVISION = {
     (2, 256, 96, 18): 260,
     (2, 256, 128, 18): 272,
 }
+#: Image size of the published models by (version, window of stage 0); 224 where there is none.
+_USUAL_SIZE = {
+    (1, (6, 6)): 192, (1, (8, 8)): 256, (1, (12, 12)): 384,
+    (2, (8, 8)): 256, (2, (16, 16)): 256, (2, (12, 12)): 192, (2, (24, 24)): 384,
+}  # fmt: skip
 _MAX_PIXELS = 1 << 27  # of a resized image: a line of one pixel by 65000 is no reason to fill the memory
 _THREADS = min(4, os.cpu_count() or 1)  # decoding releases the interpreter's lock
 
@@ -242,11 +247,15 @@ def for_checkpoint(
 ) -> Preprocess:
     """The preprocessing of a model: the preset asked for, else what its checkpoint says, else its source's preset.
 
-    Where ``config.img_size`` is None, images become 224 pixels wide and high.
+    Where ``config.img_size`` is None, images get the size that published models with the first stage's window have.
     """
     if preset is None and stored is not None:
         return stored if isinstance(stored, Preprocess) else Preprocess.from_dict(stored)
-    return _preset(preset or _PRESET_OF.get(layout, "ms"), config.image or (224, 224), config)  # type: ignore[arg-type]
+    return _preset(preset or _PRESET_OF.get(layout, "ms"), config.image or _usual_size(config), config)  # type: ignore[arg-type]
+
+
+def _usual_size(config: SwinConfig) -> Pair:
+    return (_USUAL_SIZE.get((config.version, config.windows[0]), 224),) * 2
 
 
 _preset = preset  # the parameter of `for_checkpoint` hides the name
