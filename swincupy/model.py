@@ -12,14 +12,13 @@ from array_api_compat import array_namespace
 from swincupy import forward
 from swincupy.backend import backend, host, is_float_array
 from swincupy.config import SwinConfig
-from swincupy.errors import CheckpointError, ConfigError, InputError
+from swincupy.errors import ConfigError, InputError
 from swincupy.ops import reference
 
 if TYPE_CHECKING:
     from swincupy.preprocess import Preprocess
 
 Array = Any
-_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".npz")  # of what is meant as a file
 Images = Any  # an array, an image (path, file, PIL), or a sequence of images
 
 
@@ -86,8 +85,6 @@ def load(
     labels = None
     if isinstance(source, (str, os.PathLike)) and not os.path.exists(source):
         name = os.fspath(source)
-        if os.path.dirname(name) or os.path.splitext(name)[1] in _SUFFIXES:
-            raise CheckpointError(f"load: source must be an existing file or folder, got {name!r}; check the path")
         source, config, labels = registry.fetch(name), config or registry.config_for(name), registry.labels_for(name)
     checkpoint = read_checkpoint(source, config=config)
     config = checkpoint.config if pad_mode is None else checkpoint.config.replace(pad_mode=pad_mode)
