@@ -144,8 +144,8 @@ def _expected(found: Translation, config: SwinConfig) -> tuple[dict[str, Shape],
     for level in levels & {str(i) for i in range(config.num_stages)}:
         for kind in ("weight", "bias"):
             required[f"norm{level}.{kind}"] = optional[f"norm{level}.{kind}"]
-    # backbones: a norm for each feature map instead of the final one (Hugging Face's V2 has neither)
-    without = bool(levels) or (found.layout in ("huggingface", "swincupy") and found.version == 2)
+    # backbones: a norm for each feature map instead of the final one, or (Hugging Face's V2, timm's) neither
+    without = bool(levels) or found.layout in ("timm", "swincupy") or (found.layout, found.version) == ("huggingface", 2)
     if without and config.num_classes == 0 and not {"norm.weight", "norm.bias"} & set(found.tensors):
         del required["norm.weight"], required["norm.bias"]
     return required, optional

@@ -147,7 +147,38 @@ def test_torch_file(name: str, wrapper: str | None, build: Callable[[Case], Refe
     goldens.compare(ask(swincupy.load(path, config=case.config), x, answers), answers)
 
 
+CONVENTIONS = (
+    "timm-v1-dynamic", "timm-v2-pretrained-dynamic", "torchvision-v1-odd", "huggingface-v2-built-tall",
+    "huggingface-backbone-v2", "openmmlab-v1-small", "openmmlab-v1-classification", "detection-v1-small",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONVENTIONS)
+def test_saved(name: str, build: Callable[[Case], Reference], tmp_path: Path) -> None:
+    """What `SwinTransformer.save` writes keeps to the source's conventions, with nothing told."""
+    case = BY_NAME[name]
+    reference = build(case)
+    swincupy.load(reference.state_dict(), config=case.config).save(tmp_path / "model.safetensors")
+    x = recipe.images(case.shape, case.seed)
+    answers = reference.answers(x)
+    goldens.compare(ask(swincupy.load(tmp_path / "model.safetensors"), x, answers), answers)
+
+
 # What arrays alone tell ----------------------------------------------------------------------------
+
+
+BUFFERS_TELL = (
+    "microsoft-v2-window16",
+    "microsoft-v2-pretrained",
+    "torchvision-v2-odd",
+    "torchvision-v1-rectangular-window",
+)
+
+
+@pytest.mark.parametrize("name", BUFFERS_TELL)
+def test_buffers_stand_in_for_a_config(name: str, build: Callable[[Case], Reference]) -> None:
+    """microsoft's and torchvision's files hold tables that show the windows, of V2 and of rectangles."""
+    test_v1_needs_no_config(name, build)
 
 
 @pytest.mark.parametrize("name", ["microsoft-v1-window7", "timm-v1-square", "torchvision-v1-odd", "huggingface-v1-odd"])
@@ -207,6 +238,18 @@ def test_backbone_of_transformers_4(build: Callable[[Case], Reference]) -> None:
     x = recipe.images(case.shape, case.seed)
     answers = reference.answers(x)
     goldens.compare(ask(swincupy.load(arrays, config=case.config), x, answers), answers)
+
+
+@pytest.mark.parametrize("size", [(80, 96), (64, 128), (100, 64)])
+def test_position_embedding_is_resized(size: tuple[int, int], build: Callable[[Case], Reference]) -> None:
+    """As Hugging Face does on request: bicubic, to the grid at hand."""
+    case = BY_NAME["huggingface-v1-ape"]
+    reference = build(case)
+    x = recipe.images((1, 3, *size), 0)
+    with torch.inference_mode():
+        logits = reference.module(torch.from_numpy(x), interpolate_pos_encoding=True).logits.numpy()
+    model = swincupy.load(reference.state_dict(), config=case.config)
+    goldens.compare({"logits": model(x)}, {"logits": logits})
 
 
 # Where sources part ----------------------------------------------------------------------------------
