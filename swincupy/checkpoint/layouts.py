@@ -26,7 +26,7 @@ _SIGNS = {
     r"encoder\.layers\.\d+\.blocks\.\d+\.(?:attention|layernorm_before|layernorm_after|intermediate|output|mlp)\.",
     "torchvision": r"features\.(?:0\.0\.|\d+\.\d+\.(?:attn|mlp|norm1|norm2)\.)",
     "openmmlab": r"patch_embed\.projection\.|stages\.\d+\.blocks\.\d+\.(?:attn\.w_msa|ffn|norm1|norm2)\.",
-    "microsoft": r"patch_embed\.proj\.|layers\.\d+\.blocks\.\d+\.(?:attn|mlp|norm1|norm2)\.",
+    "microsoft": r"patch_embed\.proj\.|layers[._]\d+\.blocks\.\d+\.(?:attn|mlp|norm1|norm2)\.",
 }
 
 _Rules = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
@@ -38,6 +38,7 @@ _RENAMES: dict[str, _Rules] = {
         (r"^head\.fc\.", "head."),
     ),
     "timm": (
+        (r"^layers_(\d+)\.", r"layers.\1."),  # features_only=True
         (r"^layers\.(\d+)\.downsample\.", lambda m: f"layers.{int(m[1]) - 1}.downsample."),
         (r"^head\.fc\.", "head."),
     ),
@@ -194,7 +195,7 @@ def _timm_placement(keys: Mapping[str, StoredTensor]) -> bool:
     """timm >= 0.9 downsamples at the start of stages 1, 2, ...; microsoft at the end of all but the last."""
     if any(key.startswith("layers.0.downsample.") for key in keys):
         return False
-    return "head.fc.weight" in keys or any(re.match(r"layers\.\d+\.downsample\.", key) for key in keys)
+    return "head.fc.weight" in keys or any(re.match(r"layers(?:_|\.\d+\.downsample\.)", key) for key in keys)
 
 
 def _rename(key: str, layout: str) -> str:

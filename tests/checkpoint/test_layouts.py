@@ -111,6 +111,18 @@ def test_headless(layout: str) -> None:
     assert_same(found.params, params)
 
 
+@pytest.mark.parametrize("flat", [True, False])
+def test_timm_features_only(flat: bool) -> None:
+    """timm's ``features_only=True``: no head, no final norm, and stages called ``layers_0`` in its list form."""
+    config = V1.replace(num_classes=0)
+    params = {k: v for k, v in random_params(config).items() if not k.startswith("norm.")}
+    arrays = writers.timm(params, config)
+    arrays = {k.replace("layers.", "layers_") if flat else f"model.{k}": v for k, v in arrays.items()}
+    found = read_checkpoint(arrays)
+    assert (found.layout, found.config.num_classes) == ("timm", 0)
+    assert_same(found.params, params)
+
+
 def level_norms(params: Params, config: SwinConfig) -> Params:
     """Parameters of a detection backbone: a norm for each level and no final one."""
     out = {k: v for k, v in params.items() if not k.startswith(("norm.", "head."))}
