@@ -1,4 +1,4 @@
-"""Cases of the GPU's operations, their results in float64, and how far a plain composition of the same precision is off.
+"""Cases of the GPU's operations, their results in float64, and how far off a plain composition is.
 
 Shared by the tests on a GPU and by those that run the kernels on the CPU.
 """

@@ -1,6 +1,7 @@
 """The kernels on a machine without a GPU: g++ builds them, one fiber a CUDA thread, NumPy stands in for CuPy.
 
-`install` lets `swincupy.ops.fused.Fused` run on the CPU, checks and launchers included.
+Within `installed`, `swincupy.ops.fused.Fused` runs on the CPU, checks and launchers included; matrix
+products alone are NumPy's.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from swincupy import jit
 from swincupy.resources import resource_dir
 
 SHARED = 1 << 18
+_COMPILE = ("g++", "-O1", "-std=c++17", "-w", "-fPIC")
 _CTYPES = {"int": ctypes.c_int, "unsigned": ctypes.c_uint, "long long": ctypes.c_longlong, "float": ctypes.c_float}
 
 
@@ -50,6 +52,7 @@ def _folder() -> Path:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for file in (*resource_dir("cuda").glob("*.cu*"), *Path(__file__).parent.glob("*.cuh")):
         shutil.copy(file, folder)
+    subprocess.run([*_COMPILE, "-x", "c++-header", "more.cuh"], cwd=folder, check=True)  # read once, not by each kernel
     return folder
 
 
@@ -75,8 +78,7 @@ extern "C" void run(unsigned grid_x, unsigned grid_y, unsigned grid_z, int threa
 """
     stem = f"{name}-{abs(hash(prelude))}"
     (folder / f"{stem}.cpp").write_text(f'#include "more.cuh"\n{prelude}{text}{entry}')
-    build = ["g++", "-O1", "-std=c++17", "-w", "-shared", "-fPIC", f"{stem}.cpp", "-o", f"{stem}.so"]
-    subprocess.run(build, cwd=folder, check=True)
+    subprocess.run([*_COMPILE, "-shared", f"{stem}.cpp", "-o", f"{stem}.so"], cwd=folder, check=True)
     return ctypes.CDLL(str(folder / f"{stem}.so")).run
 
 

@@ -5,7 +5,6 @@
 #define __host__
 #undef DEVICE
 #define DEVICE inline
-constexpr int WARP = 32;
 template <typename A, typename B>
 constexpr bool is_same = false;
 template <typename A>
@@ -27,9 +26,7 @@ struct __nv_bfloat16 {
     }
 };
 static float to_float(__nv_bfloat16 x) { return x; }
-static float to_float(unsigned char x) { return x; }
 static float rsqrtf(float x) { return 1 / std::sqrt(x); }
-static float gelu(float x) { return x / 2 * (1 + std::erf(x * std::sqrt(0.5f))); }
 
 template <int THREADS>
 float group_sum(float x) {
