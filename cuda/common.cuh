@@ -277,3 +277,98 @@ DEVICE void mma_16x8x8_tf32(float (&d)[4], const unsigned (&a)[4], const unsigne
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
 }
+
+// ---------------------------------------------------------------- one code for all types
+
+// BYTES from global to shared memory, zeros where !valid. Both addresses are multiples of BYTES.
+template <int BYTES>
+DEVICE void copy_async(void* to, const void* from, bool valid) {
+    if constexpr (BYTES == 16) {
+        copy_async16(to, from, valid);
+    } else {
+#if __CUDA_ARCH__ >= 800
+        if constexpr (BYTES >= 4) {
+            asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(BYTES),
+                         "r"(valid ? BYTES : 0)
+                         : "memory");
+            return;
+        }
+#endif
+        using W = typename Word<BYTES>::type;
+        *static_cast<W*>(to) = valid ? *static_cast<const W*>(from) : W();
+    }
+}
+
+// 16 bytes, asked for here: a load through the read-only path would be moved past barriers, to where it is used.
+DEVICE uint4 load_now(const void* p) {
+    uint4 x;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
+    return x;
+}
+
+// D[16, 8] += A[16, K] B[K, 8] over 32 bytes of k: K = 16 of 16-bit elements, 8 of float (fragments as of tf32).
+// EXACT float products are as good as float32's: high and low tf32 parts, less low times low, summed outside of the
+// tensor core, which truncates its sums. SM 7.5 has no tf32; its lanes fetch each other's elements, slowly.
+template <typename T, bool EXACT>
+DEVICE void mma_step(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    if constexpr (sizeof(T) == 2) {
+        mma_16x8x16<T>(d, a, b);
+    } else {
+#if __CUDA_ARCH__ >= 800
+        unsigned a_high[4], b_high[2];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a_high[i] = to_tf32(__uint_as_float(a[i]));
+#pragma unroll
+        for (int i = 0; i < 2; ++i) b_high[i] = to_tf32(__uint_as_float(b[i]));
+        if constexpr (EXACT) {
+            unsigned a_low[4], b_low[2];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) a_low[i] = to_tf32(__uint_as_float(a[i]) - __uint_as_float(a_high[i]));
+#pragma unroll
+            for (int i = 0; i < 2; ++i) b_low[i] = to_tf32(__uint_as_float(b[i]) - __uint_as_float(b_high[i]));
+            float part[4] = {0, 0, 0, 0};
+            mma_16x8x8_tf32(part, a_low, b_high);
+            mma_16x8x8_tf32(part, a_high, b_low);
+            mma_16x8x8_tf32(part, a_high, b_high);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) d[i] += part[i];
+        } else {
+            mma_16x8x8_tf32(d, a_high, b_high);
+        }
+#else
+        const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            float x[2], y[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                x[i] = __uint_as_float(__shfl_sync(ALL_LANES, a[k / 4 * 2 + i], g * 4 + k % 4));
+                y[i] = __uint_as_float(__shfl_sync(ALL_LANES, b[k / 4], (t * 2 + i) * 4 + k % 4));
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) d[i] = fmaf(x[i / 2], y[i % 2], d[i]);
+        }
+#endif
+    }
+}
+
+// Sum of the squares of the elements in 32 bits.
+template <typename T>
+DEVICE float word_squares(unsigned bits) {
+    if constexpr (sizeof(T) == 2) {
+        const float2 x = unpack2<T>(bits);
+        return fmaf(x.x, x.x, x.y * x.y);
+    } else {
+        const float x = __uint_as_float(bits);
+        return x * x;
+    }
+}
+
+DEVICE float infinity() { return __uint_as_float(0x7f800000u); }
+
+// 2^x to 2 units in the last place; 0 for -infinity().
+DEVICE float fast_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}

@@ -255,7 +255,7 @@ def _parameter(text: str, aliases: dict[str, str]) -> Parameter:
 
 
 def compile_to_cubin(variant: Variant, sm: int) -> bytes:
-    """Compile a kernel for a compute capability; needs NVRTC but no GPU.
+    """Compile a kernel for a compute capability, or to PTX where its arch is "compute_.."; needs NVRTC but no GPU.
 
     Raises
     ------
@@ -271,7 +271,7 @@ def compile_to_cubin(variant: Variant, sm: int) -> bytes:
     program = nvrtc.createProgram(source(variant.name, variant.constants), f"{variant.name}.cu", (), ())
     try:
         nvrtc.compileProgram(program, options)
-        return bytes(nvrtc.getCUBIN(program))
+        return bytes(nvrtc.getPTX(program) if arch.startswith("compute_") else nvrtc.getCUBIN(program))
     except nvrtc.NVRTCError:
         log = nvrtc.getProgramLog(program)
         raise DeviceError(
