@@ -288,8 +288,8 @@ DEVICE void copy_async(void* to, const void* from, bool valid) {
     } else {
 #if __CUDA_ARCH__ >= 800
         if constexpr (BYTES >= 4) {
-            asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(BYTES),
-                         "r"(valid ? BYTES : 0)
+            asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from),
+                         "n"(BYTES), "r"(valid ? BYTES : 0)
                          : "memory");
             return;
         }

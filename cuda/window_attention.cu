@@ -1,17 +1,19 @@
-// window_attention   out[i,h] = sum_j softmax_j(s_ij + bias[h,i,j] + mask_ij) v[j,h], over the N = MH*MW tokens of a window
-//                    s_ij = q[i,h] . k[j,h] * scale, or (COSINE) q/|q| . k/|k| * logit_scale[h]
-// shapes       qkv [B*H*W, 3*C] (q | k | v, each [heads, D]) and out [B*H*W, C] scalar_t, rows in image order, C = heads*D;
-//              qkv_bias [3*C] scalar_t: what padding's rows hold (null: zeros); logit_scale [heads] float, COSINE only;
-//              position_bias [heads, ceil(N/16), ceil(N/16), 32, 8] bias_t: times log2 e, in the order in which the lanes of
-//              an mma accumulator hold it, -inf in the columns past N (ops/attention.py: prepare_position_bias)
-// windows      are cut after a cyclic shift by (shift_h, shift_w) of the image padded to whole windows (ROLL_PAD: the image
-//              is shifted first and padded then). No copy is made: row and mask of a token come from its index.
-// math         products on tensor cores (float: see mma_step), logits, softmax and sums in float32; key blocks online
+// window_attention   out[i,h] = sum_j softmax_j(s_ij + bias[h,i,j] + mask_ij) v[j,h], N = MH*MW tokens i, j of a window
+//                    s_ij = q[i,h] . k[j,h] scale, or (COSINE) q/|q| . k/|k| logit_scale[h]
+// shapes       qkv [B*H*W, 3*C] (q | k | v, each [heads, D]) and out [B*H*W, C] scalar_t, rows in image order;
+//              C = heads*D; qkv_bias [3*C] scalar_t: what padding's rows hold (null: zeros);
+//              logit_scale [heads] float, COSINE only;
+//              position_bias [heads, ceil(N/16), ceil(N/16), 32, 8] bias_t: times log2 e, in the order in which the
+//              lanes hold an accumulator, -inf in columns past N (ops/attention.py: prepare_position_bias)
+// windows      are cut after a cyclic shift by (shift_h, shift_w) of the image padded to whole windows (ROLL_PAD: the
+//              image is shifted first and padded then). No copy is made: row and mask of a token come from its index.
+// math         products on tensor cores (float: see mma_step), logits, softmax and sums in float32, key blocks online
 // grid         (ceil(W/MW) * heads * Q_TILES, ceil(H/MH), B) blocks of 32*WARPS; a warp holds 16 queries;
 //              static shared memory under 48 KB: the block's queries, STAGES blocks of KEY_BLOCK keys and values
-// constants    scalar_t = float | __half | __nv_bfloat16; bias_t = __half, of float scalars float; EXACT: float products
-//              as float32's, else tf32's; COSINE; ROLL_PAD; D; MH; MW; WARPS; KEY_BLOCK % 16 == 0; STAGES; MIN_BLOCKS
-// arch, bound  sm_75+ (bf16, tf32 sm_80+); memory-bound up to N = 144, then by the exponentials and products
+// constants    scalar_t = float | __half | __nv_bfloat16; bias_t = __half, of float scalars float;
+//              EXACT: float products as float32's, else tf32's; COSINE; ROLL_PAD; D; MH; MW; WARPS;
+//              KEY_BLOCK % 16 == 0; STAGES; MIN_BLOCKS
+// arch, bound  sm_75+ (bf16, tf32 sm_80+); memory-bound up to about N = 144, then by exponentials and products
 #include "common.cuh"
 
 constexpr int ELEMENT = sizeof(scalar_t);
@@ -114,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
         }
     }
 
-    // An axis that is shifted has its last window in two regions: the tokens that the shift brought round are the second.
+    // A shifted axis has its last window in two regions: the tokens that the shift brought round are the second.
     if (last_y || last_x)
 #pragma unroll 1
         for (unsigned i = threadIdx.x; i < BLOCKS * KEY_BLOCK; i += THREADS)
