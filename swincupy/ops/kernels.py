@@ -39,12 +39,13 @@ class RowLayout(NamedTuple):
 
 @functools.cache
 def row_layout(C: int, unit: int, itemsize: int, most: int = 1024) -> RowLayout:
-    """Accesses of up to 16 bytes that do not straddle a multiple of ``unit``, and threads for 4 to 8 each."""
+    """Accesses of up to 16 bytes that do not straddle a multiple of ``unit``, and threads for up to 4 each.
+
+    Up to 8 where that keeps a row in one warp, whose sums need no shared memory.
+    """
     vec = min(unit & -unit, 16 // itemsize)
-    group = 1
-    while group < 32 and C // vec > 4 * group:
-        group *= 2
-    while 32 <= group < most and C // vec > 8 * group:
+    packs, group = C // vec, 1
+    while group < min(most, 1024) and packs > 4 * group and not (group == 32 and packs <= 8 * group):
         group *= 2
     return RowLayout(vec, group)
 
@@ -169,8 +170,9 @@ def global_pool(x: Array, weight: Array | None, bias: Array | None, *, eps: floa
 def pool_constants(C: int, norm: bool, precision: Precision) -> tuple[Constants, RowLayout, int]:
     layout = row_layout(C, C, precision.storage.itemsize)
     groups = 1
+    threads = 1024 // precision.storage.itemsize  # rows of float32 want more registers
     if layout.group <= 32:
-        while 2 * groups * layout.group <= 512 and 8 * groups * C <= _SHARED:
+        while 2 * groups * layout.group <= threads and 8 * groups * C <= _SHARED:
             groups *= 2
     return {
         "scalar_t": precision.ctype, "out_t": precision.ctype, "C": C, "NORM": norm,
