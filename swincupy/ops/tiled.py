@@ -200,24 +200,27 @@ class _Blas:
             self._users += 1
             if self._users == 1:
                 self._saved = [lib.num_threads for lib in self._libraries]
-                for lib in self._libraries:
-                    lib.set_num_threads(1)
+                self._set([1] * len(self._saved))
         try:
             yield
         finally:
             with self._lock:
                 self._users -= 1
                 if not self._users:
-                    self._restore()
+                    self._set(self._saved)
 
-    def _restore(self) -> None:
-        for lib, count in zip(self._libraries, self._saved, strict=True):
+    def _set(self, counts: list[int]) -> None:
+        for lib, count in zip(self._libraries, counts, strict=True):
+            # newer threadpoolctl obeys one thread only, the first to set a count; here that is any thread in turn
+            release = getattr(lib, "clear_controlling_thread", lambda force: None)
+            release(force=True)
             lib.set_num_threads(count)
+            release(force=True)
 
     def after_fork(self) -> None:
         """In the child, where the threads that were at work are gone and cannot clean up."""
         if self._users:
-            self._restore()
+            self._set(self._saved)
         self._users, self._lock = 0, threading.Lock()
 
 

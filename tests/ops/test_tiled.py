@@ -150,10 +150,41 @@ def test_equal_calls_give_equal_bits() -> None:
         assert np.array_equal(tiled.mlp_block(tiled.attention_block(x, **a), *w), first)
 
 
-def test_each_tile_runs_with_single_threaded_products() -> None:
+@pytest.mark.parametrize("caller", ["main thread", "another thread"])
+def test_each_tile_runs_with_single_threaded_products(caller: str) -> None:
     seen: list[list[int]] = []
-    tiled._run([lambda: seen.append(blas_threads())] * 8)
+    work = [lambda: seen.append(blas_threads())] * 8
+    if caller == "main thread":
+        tiled._run(work)
+    else:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(tiled._run, work).result(timeout=60)
     assert len(seen) == 8 and all(set(counts) == {1} for counts in seen)
+
+
+def test_threads_that_overlap_leave_the_counts_as_they_were() -> None:
+    """The last to finish is not the one that set them."""
+    first_in, second_in, first_out = threading.Event(), threading.Event(), threading.Event()
+
+    def first() -> None:
+        with tiled._blas().single_threaded():
+            first_in.set()
+            assert second_in.wait(20)
+        first_out.set()
+
+    def second() -> None:
+        assert first_in.wait(20)
+        with tiled._blas().single_threaded():
+            second_in.set()
+            assert first_out.wait(20)
+            assert set(blas_threads()) == {1} and tiled._blas().threads() == THREADS
+
+    with ThreadPoolExecutor(2) as pool:
+        for job in (pool.submit(first), pool.submit(second)):
+            job.result(timeout=60)
+    assert set(blas_threads()) == {THREADS}
+    with threadpool_limits(2, user_api="blas"):  # and the caller can still set them
+        assert set(blas_threads()) == {2}
 
 
 def test_calls_from_four_threads() -> None:
