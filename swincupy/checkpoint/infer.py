@@ -71,7 +71,7 @@ def infer_config(
         windows = _table_windows(arrays, [given], faults) if arrays.decided["version"] == 1 else None
         _refuse(faults, "config", found.layout, title)
         config = given if windows is None else given.replace(window_size=collapse(windows))
-        return _with_conventions(config, found)
+        return _with_conventions(config.replace(num_classes=arrays.decided["num_classes"]), found)
 
     faults = contradictions({k: v for k, v in stated.items() if k != "window_size"}, arrays)
     fields = {k: v for k, v in stated.items() if k in ("norm_eps", "window_clamp")} | arrays.decided
@@ -159,6 +159,8 @@ def contradictions(said: Mapping[str, Any], arrays: Arrays) -> list[str]:
         if name not in said:
             continue
         value = said[name]
+        if name == "num_classes" and decided == 0:
+            continue  # the head was taken off
         if name == "mlp_ratio":
             dims = [arrays.decided["embed_dim"] * 2**i for i in range(len(arrays.hidden))]
             number = isinstance(value, (int, float)) and math.isfinite(value)
