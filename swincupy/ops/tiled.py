@@ -27,6 +27,7 @@ __all__ = [
 ]  # fmt: skip
 
 Array = Any
+WHOLE_ROWS = 500  # tokens a core below which the weights, read by every core, cost more than tiles save
 TILE_ROWS = 400  # tokens a tile: a few hundred rows feed a matrix product well and fit a 1 MB cache
 
 
@@ -113,6 +114,9 @@ def _windowed(
 def _for_tiles(work: Callable[[int, int], None], count: int, rows: int, group: int = 1) -> None:
     """``work(lo, hi)`` over ranges of ``count`` units of ``rows`` rows: ranges within a group, or of whole groups."""
     threads = _blas().threads()
+    if count * rows < WHOLE_ROWS * threads:
+        work(0, count)
+        return
     size = min(max(1, TILE_ROWS // rows), -(-count // threads))
     if size >= group:
         size -= size % group

@@ -28,8 +28,9 @@ def blas_threads() -> list[int]:
 
 
 @pytest.fixture(autouse=True)
-def four_threads() -> Iterator[None]:
-    """As on a machine of four cores, and as it was afterwards."""
+def four_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a machine of four cores, and as it was afterwards; even little work is tiled."""
+    monkeypatch.setattr(tiled, "WHOLE_ROWS", 0)
     with threadpool_limits(THREADS, user_api="blas"):
         before = blas_threads()
         yield
@@ -141,6 +142,15 @@ def test_any_number_of_threads(threads: int) -> None:
         near(tiled.attention_block(x, **a), reference.attention_block(x, **a))
         near(tiled.mlp_block(x, *w), reference.mlp_block(x, *w))
         assert blas_threads() == [threads] * len(blas_threads())
+
+
+@pytest.mark.parametrize(("rows", "whole"), [(4 * 499, True), (4 * 500, False)])
+def test_little_work_is_left_whole(rows: int, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiled, "WHOLE_ROWS", 500)
+    tiles: list[tuple[int, int]] = []
+    tiled._for_tiles(lambda lo, hi: tiles.append((lo, hi)), rows, 1)
+    assert (tiles == [(0, rows)]) is whole
+    assert sum(hi - lo for lo, hi in tiles) == rows
 
 
 def test_equal_calls_give_equal_bits() -> None:
