@@ -134,7 +134,7 @@ class SwinTransformer:
     ) -> None:
         from swincupy.preprocess import for_checkpoint
 
-        self._backend = backend(device, precision, graphs=graphs)
+        self._backend, self._graphs = backend(device, precision, graphs=graphs), graphs
         self.device, self.precision = self._backend.device, self._backend.precision
         self.config = config.with_conventions("microsoft")
         self.layout = layout
@@ -146,6 +146,22 @@ class SwinTransformer:
         self.preprocess = preprocess or for_checkpoint(None, layout, self.config)
         self._params = dict(params)
         self._engine = self._backend.engine(self._params, self.config)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What `__init__` needs: a copy in another process makes its own engine."""
+        return {
+            "params": {name: np.asarray(p) for name, p in self._params.items()},
+            "config": self.config,
+            "layout": self.layout,
+            "labels": self.labels,
+            "preprocess": self.preprocess,
+            "device": self.device,
+            "precision": self.precision,
+            "graphs": self._graphs,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        SwinTransformer.__init__(self, state.pop("params"), state.pop("config"), **state)
 
     def __repr__(self) -> str:
         c = self.config

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import itertools
 import math
+import pickle
 import sys
 import threading
 import types
@@ -63,6 +65,13 @@ def test_logits_embeddings_and_features_belong_together(model: SwinTransformer) 
     near(model.embed(x), maps[-1].mean(axis=(2, 3)))
     near(model(x), model.embed(x) @ params["head.weight"].T + params["head.bias"])
     assert model(x).dtype == model.embed(x).dtype == maps[0].dtype == np.float32
+
+
+def test_pickled_and_copied_models_answer_alike(model: SwinTransformer) -> None:
+    x = pixels(2, 3, 32, 32)
+    for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert (twin.config, twin.labels, twin.preprocess) == (model.config, model.labels, model.preprocess)
+        np.testing.assert_array_equal(twin(x), model(x))
 
 
 def test_double_precision(model: SwinTransformer) -> None:

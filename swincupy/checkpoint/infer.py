@@ -77,14 +77,15 @@ def infer_config(
     fields = {k: v for k, v in stated.items() if k in ("norm_eps", "window_clamp")} | arrays.decided
     if _name_contradicts(guessed, arrays):
         guessed = {}
+    teller = "config.json" if stated else "its name" if guessed else "a square window"
     fields["img_size"] = _image(arrays, stated, guessed)
     if arrays.decided["version"] == 1:
         tried = [_tentative(fields, source) for source in (stated, guessed)]
         windows = _table_windows(arrays, [c for c in tried if c is not None], faults)
-        _refuse(faults, "config.json", found.layout, title)
+        _refuse(faults, teller, found.layout, title)
         fields["window_size"] = collapse(windows)
     else:
-        _refuse(faults, "config.json", found.layout, title)
+        _refuse(faults, teller, found.layout, title)
         fields["window_size"] = _continuous_windows(arrays, fields, stated, guessed, found.layout, title)
         fields["pretrained_window_sizes"] = _pretrained_windows(arrays, stated, guessed, found, title)
     return _with_conventions(build_config(fields, f"{title}: the configuration found"), found)

@@ -145,7 +145,9 @@ def _expected(found: Translation, config: SwinConfig) -> tuple[dict[str, Shape],
         for kind in ("weight", "bias"):
             required[f"norm{level}.{kind}"] = optional[f"norm{level}.{kind}"]
     # backbones: a norm for each feature map instead of the final one, or (Hugging Face's V2, timm's) neither
-    without = bool(levels) or found.layout in ("timm", "swincupy") or (found.layout, found.version) == ("huggingface", 2)
+    without = (
+        bool(levels) or found.layout in ("timm", "swincupy") or (found.layout, found.version) == ("huggingface", 2)
+    )
     if without and config.num_classes == 0 and not {"norm.weight", "norm.bias"} & set(found.tensors):
         del required["norm.weight"], required["norm.bias"]
     return required, optional

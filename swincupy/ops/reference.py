@@ -526,6 +526,14 @@ def unshifted_windows(
     return _roll(x, shift)[:, :H, :W, :]
 
 
+def mask_of(x: Array, mask: Array | None, window: Pair, shift: Pair) -> Array | None:
+    """The mask that was given, or that of the shift of x [B, H, W, C]."""
+    if mask is not None or not any(shift):
+        return mask
+    _, H, W, _ = x.shape
+    return shift_mask(H + -H % window[0], W + -W % window[1], window, shift, like=x)
+
+
 def attention_block(
     x: Array,
     norm_weight: Array,
@@ -550,7 +558,7 @@ def attention_block(
     x : [B, H, W, C]
     norm_weight, norm_bias : [C]
     mask : [nW, N, N], optional
-        `shift_mask` of the padded size; needed where ``shift`` is not (0, 0).
+        `shift_mask` of the padded size, which is made here where it is not given.
     window, shift : (int, int)
     pad_mode : see `shifted_windows`
 
@@ -572,6 +580,7 @@ def attention_block(
     _need(x.ndim == 4, "attention_block: x must be [B, H, W, C]", x)
     _, H, W, _ = x.shape
     y = shifted_windows(layer_norm(x, norm_weight, norm_bias, eps=eps), window, shift, pad_mode)
+    mask = mask_of(x, mask, window, shift)
     y = window_attention(y, qkv_weight, qkv_bias, proj_weight, proj_bias, position_bias, mask, num_heads=num_heads)
     return x + unshifted_windows(y, window, shift, H, W, pad_mode)
 
@@ -601,6 +610,7 @@ def cosine_attention_block(
     _need(x.ndim == 4, "cosine_attention_block: x must be [B, H, W, C]", x)
     _, H, W, _ = x.shape
     y = shifted_windows(x, window, shift, pad_mode)
+    mask = mask_of(x, mask, window, shift)
     y = cosine_window_attention(
         y, qkv_weight, qkv_bias, proj_weight, proj_bias, logit_scale, position_bias, mask, num_heads=num_heads
     )

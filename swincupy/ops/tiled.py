@@ -89,6 +89,7 @@ def _windowed(
 ) -> Array:
     """``x + after(attention(before(x)))`` over shifted windows."""
     B, H, W, C = x.shape
+    mask = reference.mask_of(x, mask, window, shift)
     nW, N = -(-H // window[0]) * -(-W // window[1]), window[0] * window[1]
     windows, out = np.empty((B * nW, N, C), x.dtype), np.empty_like(x)
 

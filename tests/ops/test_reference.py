@@ -391,6 +391,10 @@ def test_attention_block(size: Any, window: Any, shift: Any, pad_mode: Any, cosi
         got = ops.attention_block(x, g, b, mask=mask, eps=1e-3, **a)
         want = [attention_by_tokens(normed(image, g, b, eps=1e-3), a, False) for image in x]
     near(got, x + np.stack(want), 1e-11)
+    block = ops.cosine_attention_block if cosine else ops.attention_block
+    np.testing.assert_array_equal(
+        block(x, g, b, eps=1e-3, **a), got
+    )  # the mask of the shift is made where none is given
 
 
 def test_padding_modes_differ_where_there_is_padding() -> None:
