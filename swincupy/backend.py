@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -11,8 +12,8 @@ from array_api_compat import array_namespace
 
 from swincupy import precision as precisions
 from swincupy.config import SwinConfig
-from swincupy.engine import Eager
-from swincupy.errors import DeviceError
+from swincupy.engine import Eager, is_out_of_memory
+from swincupy.errors import DeviceError, OutOfMemoryError
 from swincupy.ops import tiled
 
 if TYPE_CHECKING:
@@ -49,8 +50,8 @@ class Backend(Protocol):
     def answer(self, asked: Any, y: Array) -> Array:
         """A result of the engine in the library of the array that was asked with, NumPy for anything else."""
 
-    def active(self) -> contextlib.AbstractContextManager[Any]:
-        """What the engine's calls run in."""
+    def active(self, what: str = "model: x") -> contextlib.AbstractContextManager[Any]:
+        """What calls of the engine, and work on its results, run in; errors say that it is about ``what``."""
 
 
 def backend(device: str | int | None, precision: str, *, graphs: bool = True) -> Backend:
@@ -93,7 +94,7 @@ class Host:
             return y
         return array_namespace(asked).asarray(y, device=asked.device)
 
-    def active(self) -> contextlib.AbstractContextManager[Any]:
+    def active(self, what: str = "model: x") -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
 
@@ -111,60 +112,105 @@ class Gpu:
             raise DeviceError(f'load: device "cuda:{index}" cannot be used: {error}; use device="cpu"') from None
         if index >= count:
             raise DeviceError(f"load: device must be one of the {count} CUDA devices, got {index}; they count from 0")
-        self._device = cupy.cuda.Device(index)
-        precisions.of(precision, sm=int(self._device.compute_capability))
+        precisions.of(precision, sm=int(cupy.cuda.Device(index).compute_capability))
         self.device, self.precision, self.xp = f"cuda:{index}", precision.name, cupy
-        self._precision, self._graphs = precision, graphs
+        self._index, self._precision, self._graphs = index, precision, graphs
 
     def engine(self, params: Mapping[str, np.ndarray], config: SwinConfig) -> Eager | Graphs:
+        scratch = self.xp.cuda.MemoryPool()
+        try:
+            with self._on_device("load: the weights", 'use a smaller model, precision="fp16", or device="cpu"'):
+                return self._engine(params, config, scratch)
+        finally:
+            scratch.free_all_blocks()
+
+    def _engine(self, params: Mapping[str, np.ndarray], config: SwinConfig, scratch: Any) -> Eager | Graphs:
         from swincupy.engine import Graphs
         from swincupy.ops.fused import Fused
 
-        with self._device:
-            ops = Fused(self._precision)
-            options: dict[str, Any] = {
-                "exact": lambda a: self.xp.asarray(a, np.float32),
-                "prepare_bias": ops.position_bias,
-                "masks": False,  # the attention kernel has them
-            }
-            if self._graphs:
-                return Graphs(params, config, ops, self._parameter, export=self._export, **options)
-            return Eager(params, config, ops, self._parameter, export=self._export, **options)
+        ops = Fused(self._precision)
 
-    def _parameter(self, a: Array) -> Array:
-        return precisions.encode(self.xp.asarray(a), self._precision)
+        def parameter(a: Array) -> Array:
+            with self.xp.cuda.using_allocator(scratch.malloc):  # what is kept is of the right size
+                y = precisions.encode(self.xp.asarray(a), self._precision)
+            return y.copy()
 
-    def _export(self, y: Array) -> Array:
-        return precisions.decode(y, self._precision)
+        return (Graphs if self._graphs else Eager)(
+            params,
+            config,
+            ops,
+            parameter,
+            exact=lambda a: self.xp.asarray(a, np.float32),
+            prepare_bias=ops.position_bias,
+            masks=False,  # the attention kernel has them
+            export=lambda y: precisions.decode(y, self._precision),
+            settle=lambda: self.xp.cuda.get_current_stream().synchronize(),
+        )
 
     def pixels(self, x: Array) -> Array:
-        """Device arrays of other libraries are taken without a copy; those on the host a graph copies itself."""
+        """Device arrays of other libraries are taken without a copy; those on the host a graph copies itself.
+
+        DLPack comes first: it has our stream wait for theirs.
+        """
         if hasattr(x, "detach"):  # PyTorch
             x = x.detach()
-            x = x.float() if "bfloat16" in str(x.dtype) else x
-        if isinstance(x, self.xp.ndarray) or hasattr(x, "__cuda_array_interface__"):
-            return self.xp.asarray(x).astype(np.float32, copy=False)
-        if not isinstance(x, np.ndarray) and hasattr(x, "__dlpack_device__") and x.__dlpack_device__()[0] == 2:
-            return self.xp.from_dlpack(x).astype(np.float32, copy=False)
+        if "bfloat16" in str(x.dtype):  # not every library knows another's
+            x = x.float() if hasattr(x, "float") else x.astype(np.float32)
+        if not isinstance(x, (np.ndarray, self.xp.ndarray)):
+            if hasattr(x, "__dlpack_device__") and x.__dlpack_device__()[0] == _CUDA:
+                x = self.xp.from_dlpack(x)
+            elif hasattr(x, "__cuda_array_interface__"):
+                x = self.xp.asarray(x)
+        if isinstance(x, self.xp.ndarray):
+            return self._here(x).astype(np.float32, copy=False)
         x = np.asarray(x, np.float32)
         return x if self._graphs else self.xp.asarray(x)  # a graph copies it into its own buffer
+
+    def _here(self, x: Array) -> Array:
+        """A CuPy array of any device on this one."""
+        if x.data.device_id == self._index:
+            return x
+        with x.device:
+            x = self.xp.ascontiguousarray(x)
+            self.xp.cuda.get_current_stream().synchronize()  # streams of two devices do not wait for each other
+        return x.copy()
 
     def answer(self, asked: Any, y: Array) -> Array:
         if isinstance(asked, self.xp.ndarray):
             return y
-        if isinstance(asked, np.ndarray) or not is_float_array(asked):
-            return y.get()
-        if hasattr(asked, "copy_to_host"):  # numba
-            from numba import cuda
+        with self.active():
+            if isinstance(asked, np.ndarray) or not is_float_array(asked):
+                return y.get()
+            if hasattr(asked, "copy_to_host"):  # numba
+                from numba import cuda
 
-            return cuda.as_cuda_array(y)
-        xp = array_namespace(asked)
-        if asked.__dlpack_device__()[0] == 2:  # kDLCUDA
-            return xp.from_dlpack(y)
-        return xp.asarray(y.get(), device=asked.device)
+                return cuda.as_cuda_array(y)
+            xp = array_namespace(asked)
+            if asked.__dlpack_device__()[0] == _CUDA:
+                return xp.from_dlpack(y)
+            return xp.asarray(y.get(), device=asked.device)
 
-    def active(self) -> contextlib.AbstractContextManager[Any]:
-        return self._device  # type: ignore[no-any-return]
+    def active(self, what: str = "model: x") -> contextlib.AbstractContextManager[Any]:
+        return self._on_device(what, "use a smaller batch")
+
+    @contextlib.contextmanager
+    def _on_device(self, what: str, advice: str) -> Iterator[None]:
+        """Work on this device; its memory running out is an error that says so."""
+        with self.xp.cuda.Device(self._index):
+            try:
+                yield
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                traceback.clear_frames(error.__traceback__)  # they hold what was allocated so far
+                free, total = self.xp.cuda.runtime.memGetInfo()
+                raise OutOfMemoryError(
+                    f"{what} must fit into the memory of {self.device}, got: {error} "
+                    f"{free / 2**20:.0f} of {total / 2**20:.0f} MiB are free; {advice}"
+                ) from None
+
+
+_CUDA = 2  # kDLCUDA, the device type of DLPack
 
 
 def is_float_array(x: Any) -> bool:

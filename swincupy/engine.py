@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import threading
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +15,6 @@ import numpy as np
 
 from swincupy import forward
 from swincupy.config import SwinConfig
-from swincupy.errors import OutOfMemoryError
 from swincupy.parameters import fold, plan
 
 Array = Any
@@ -38,6 +39,8 @@ class Eager:
         See `parameters.fold` and `parameters.plan`.
     export : callable
         Takes a result to the dtype in which it is given out.
+    settle : callable
+        Waits until weights and plans that were just made are where they belong, for calls on any stream.
     """
 
     def __init__(
@@ -51,20 +54,26 @@ class Eager:
         prepare_bias: Callable[[np.ndarray], Array] | None = None,
         masks: bool = True,
         export: Callable[[Array], Array] = lambda y: y,
+        settle: Callable[[], object] = lambda: None,
     ) -> None:
-        self.config, self.ops, self._export = config, ops, export
+        self.config, self.ops, self._export, self._settle = config, ops, export, settle
         self.weights = fold(params, config, convert, exact)
+        settle()
         self._plan_options: dict[str, Any] = {"convert": convert, "prepare_bias": prepare_bias, "masks": masks}
         self._plans: OrderedDict[tuple[int, int], Any] = OrderedDict()
         self._lock = threading.Lock()
 
     def run(self, what: Callable[..., Any], pixels: Array, **options: Any) -> Any:
         """``what`` of `forward` (logits, embed, features) for pixels [B, C, H, W]."""
-        y = self._forward(what, pixels, self.plan(*pixels.shape[2:]), options)
+        y = self._forward(what, pixels.shape, options)(pixels)
         return [self._export(z) for z in y] if isinstance(y, list) else self._export(y)
 
-    def _forward(self, what: Callable[..., Any], pixels: Array, plan: Any, options: Mapping[str, Any]) -> Any:
-        return what(pixels, self.weights, plan, forward.BLOCK[self.config.version], self.ops, **options)
+    def _forward(
+        self, what: Callable[..., Any], shape: tuple[int, ...], options: Mapping[str, Any]
+    ) -> Callable[[Array], Any]:
+        """``what`` for pixels of a shape; holds all that it reads, and not the engine."""
+        block, plan = forward.BLOCK[self.config.version], self.plan(*shape[2:])
+        return functools.partial(what, w=self.weights, plan=plan, block=block, ops=self.ops, **options)
 
     def plan(self, height: int, width: int) -> Any:
         """The plan of an input size: masks and biases, kept for the last few sizes."""
@@ -73,6 +82,7 @@ class Eager:
             found = self._plans.pop(size, None)
             if found is None:
                 found = plan(self.weights, self.config, height, width, **self._plan_options)
+                self._settle()
             self._plans[size] = found
             while len(self._plans) > _PLANS:
                 self._plans.popitem(last=False)
@@ -103,41 +113,45 @@ class Graphs(Eager):
 
     def run(self, what: Callable[..., Any], pixels: Array, **options: Any) -> Any:
         """As `Eager.run`; ``pixels`` is an array on the host or on the device."""
-        shape = (bucket(pixels.shape[0]), *pixels.shape[1:])
+        try:
+            return self._replay(what, pixels.shape, options)(pixels, self._export)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            traceback.clear_frames(error.__traceback__)  # they hold what was allocated so far
+        self.clear()
+        return self._replay(what, pixels.shape, options)(pixels, self._export)
+
+    def _replay(self, what: Callable[..., Any], shape: tuple[int, ...], options: Mapping[str, Any]) -> _Replay:
+        """The graph for a call, captured where it is new."""
+        shape = (bucket(shape[0]), *shape[1:])
         key = (what, tuple(sorted(options.items())), shape)
-        with self._lock:
-            replay = self._replays.get(key)
-            if replay is not None:
-                self._replays.move_to_end(key)
-        if replay is None:
-            plan = self.plan(*shape[2:])
-            replay = self._capture(key, lambda x: self._forward(what, x, plan, options), shape)
-        return replay(pixels, self._export)
-
-    def _capture(self, key: Any, run: Callable[[Array], Any], shape: tuple[int, ...]) -> _Replay:
-        from cupy.cuda.memory import OutOfMemoryError
-
+        if (found := self._find(key)) is not None:
+            return found
         with self._capturing:  # one at a time: each fills the memory that it will own
-            with self._lock:
-                if key in self._replays:
-                    return self._replays[key]
-            try:
-                replay = _Replay(run, shape)
-            except OutOfMemoryError:
-                self.clear()
-                replay = _captured_or_explained(run, shape)
+            if (found := self._find(key)) is not None:
+                return found
+            replay = _Replay(self._forward(what, shape, options), shape)
             with self._lock:
                 self._replays[key] = replay
-                while len(self._replays) > self._capacity:
-                    self._replays.popitem(last=False)
+                oldest = [self._replays.popitem(last=False) for _ in range(len(self._replays) - self._capacity)]
+        del oldest  # freeing memory waits for the device, which other threads need not do
         return replay
+
+    def _find(self, key: Any) -> _Replay | None:
+        with self._lock:
+            found = self._replays.get(key)
+            if found is not None:
+                self._replays.move_to_end(key)
+        return found
 
     def clear(self) -> None:
         """Forget all graphs and give their memory, and what CuPy keeps for later, back to the device."""
         import cupy
 
         with self._lock:
-            self._replays.clear()
+            replays, self._replays = self._replays, OrderedDict()
+        del replays
         gc.collect()
         cupy.get_default_memory_pool().free_all_blocks()
 
@@ -158,15 +172,25 @@ class _Replay:
         import cupy
 
         self._run = run  # holds the weights and the plan that the graph reads
-        self._pool = cupy.cuda.MemoryPool()
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._lock = threading.Lock()
         self._done = cupy.cuda.Event(disable_timing=True)
+        grown: list[int] = []
+
+        def allocate(size: int) -> Any:
+            memory = cupy.cuda.Memory(size)
+            grown.append(size)
+            return cupy.cuda.MemoryPointer(memory, 0)
+
+        self._pool = cupy.cuda.MemoryPool(allocate)
         with self._stream, cupy.cuda.using_allocator(self._pool.malloc):
             self._input = cupy.zeros(shape, np.float32)
             run(self._input)  # compiles kernels, chooses algorithms, and leaves its memory in the pool
             self._stream.synchronize()
-            self._stream.begin_capture(cupy.cuda.runtime.streamCaptureModeThreadLocal)
+            held = self._pool.total_bytes()
+            grown.clear()
+            # relaxed, so that the pool may grow: it hands out its memory in another order than when it was empty
+            self._stream.begin_capture(cupy.cuda.runtime.streamCaptureModeRelaxed)
             try:
                 self._output = run(self._input)
             except BaseException:
@@ -174,6 +198,9 @@ class _Replay:
                     self._stream.end_capture()
                 raise
             self._graph = self._stream.end_capture()
+        if self._pool.total_bytes() < held + sum(grown):
+            # short of memory, the pool gave some back to the device that the graph was already going to use
+            raise cupy.cuda.memory.OutOfMemoryError(sum(grown), held)
 
     def __call__(self, pixels: Array, export: Callable[[Array], Array]) -> Any:
         import cupy
@@ -182,10 +209,10 @@ class _Replay:
         with self._lock:
             stream.wait_event(self._done)  # the buffers are free once the last call has copied its result out
             try:
-                if isinstance(pixels, np.ndarray):
-                    self._input[:batch].set(np.ascontiguousarray(pixels), stream=stream)
-                else:
+                if isinstance(pixels, cupy.ndarray):
                     self._input[:batch] = pixels
+                else:
+                    self._input[:batch].set(np.ascontiguousarray(pixels), stream=stream)
                 self._graph.launch(stream)
                 if isinstance(self._output, list):
                     return [export(y[:batch]) for y in self._output]
@@ -194,17 +221,13 @@ class _Replay:
                 self._done.record(stream)
 
 
-def _captured_or_explained(run: Callable[[Array], Any], shape: tuple[int, ...]) -> _Replay:
-    """The last try after memory was given back; says what is missing."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether CuPy says so, or CUDA does: not all memory comes from CuPy's pools."""
     import cupy
-    from cupy.cuda.memory import OutOfMemoryError as CupyOutOfMemory
 
-    free, total = cupy.cuda.runtime.memGetInfo()
-    try:
-        return _Replay(run, shape)
-    except CupyOutOfMemory as error:
-        explained = OutOfMemoryError(
-            f"model: a batch of shape {shape} must fit into the device's memory: {error}; "
-            f"{free / 2**20:.0f} of {total / 2**20:.0f} MiB were free; use a smaller batch"
-        )
-    raise explained
+    if isinstance(error, cupy.cuda.memory.OutOfMemoryError):
+        return True
+    return isinstance(error, cupy.cuda.runtime.CUDARuntimeError) and error.status == _MEMORY_ALLOCATION
+
+
+_MEMORY_ALLOCATION = 2  # cudaErrorMemoryAllocation

@@ -223,7 +223,8 @@ class SwinTransformer:
         parts = list(self.embed_stream(x, normalize=normalize, batch_size=batch_size, progress=progress))
         if not parts:
             raise InputError("embed: x must hold at least one image, got none")
-        return parts[0] if len(parts) == 1 else array_namespace(parts[0]).concat(parts)
+        with self._backend.active():
+            return parts[0] if len(parts) == 1 else array_namespace(parts[0]).concat(parts)
 
     def embed_stream(
         self, x: Images | Iterable[Any], normalize: bool = False, batch_size: int = 64, progress: bool = False
@@ -235,7 +236,8 @@ class SwinTransformer:
             y = self._run(forward.embed, batch)
             if normalize:
                 xp = self._backend.xp
-                y = y / xp.maximum(xp.sqrt(xp.sum(y * y, axis=-1, keepdims=True)), 1e-12)
+                with self._backend.active():
+                    y = y / xp.maximum(xp.sqrt(xp.sum(y * y, axis=-1, keepdims=True)), 1e-12)
             yield self._backend.answer(batch, y)
 
     def features(
@@ -362,7 +364,7 @@ class SwinTransformer:
         if not is_float_array(x):
             x = self.preprocess(host(x) if hasattr(x, "dtype") else x)
         self._check(x)
-        with self._backend.active():
+        with self._backend.active(f"model: x of shape {tuple(x.shape)}"):
             return self._engine.run(what, self._backend.pixels(x), **options)
 
     def _check(self, x: Array) -> None:

@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,25 +23,14 @@ import numpy as np
 
 from swincupy import jit
 from swincupy.resources import resource_dir
+from tests.host import device
+from tests.host.device import DeviceArray, asarray
+
+__all__ = ["DeviceArray", "asarray", "gemm", "installed", "kernel"]
 
 SHARED = 1 << 18
 _COMPILE = ("g++", "-O1", "-std=c++17", "-w", "-fPIC")
 _CTYPES = {"int": ctypes.c_int, "unsigned": ctypes.c_uint, "long long": ctypes.c_longlong, "float": ctypes.c_float}
-
-
-class DeviceArray(np.ndarray):
-    """A NumPy array that says where it lies as CuPy's do."""
-
-    @property
-    def data(self) -> Any:  # type: ignore[override]
-        return types.SimpleNamespace(ptr=self.ctypes.data, device_id=0)
-
-    def get(self) -> np.ndarray:
-        return np.array(self)
-
-
-def asarray(x: Any, dtype: Any = None) -> DeviceArray:
-    return np.array(x, dtype, order="C").view(DeviceArray)
 
 
 @functools.cache
@@ -99,7 +87,8 @@ def kernel(name: str, *, arch: Any = None, **constants: jit.Constant) -> Callabl
             else:
                 assert a.dtype == jit._ELEMENTS[p.ctype] and a.flags.c_contiguous, (name, p, a.dtype)
                 cast.append(ctypes.c_void_p(a.ctypes.data))
-        run(*jit._triple(grid), int(np.prod(block)), *cast)
+        blocks, threads = jit._triple(grid), int(np.prod(block))
+        device.get_current_stream().queue(lambda: run(*blocks, threads, *cast))
 
     return launch
 
@@ -111,14 +100,21 @@ def gemm(
     from swincupy import precision as precisions
     from swincupy.ops import reference
 
-    def exact(x: Any) -> np.ndarray:
-        return precisions.decode(np.asarray(x), precision).astype(np.float64)
+    out = device.empty((a.shape[0], w.shape[0]), precision.storage) if out is None else out
+    arrays = [None if x is None else device.unowned(x) for x in (a, w, bias, residual, out)]
 
-    y = exact(a) @ exact(w).T
-    y = y if bias is None else y + exact(bias)
-    y = reference.gelu(y) if gelu else y
-    y = y if residual is None else y + exact(residual)
-    return asarray(precisions.encode(y, precision))
+    def work() -> None:
+        x, weight, b, r = (
+            None if v is None else precisions.decode(v, precision).astype(np.float64) for v in arrays[:4]
+        )
+        y = x @ weight.T
+        y = y if b is None else y + b
+        y = reference.gelu(y) if gelu else y
+        y = y if r is None else y + r
+        arrays[4][...] = precisions.encode(y, precision)
+
+    device.get_current_stream().queue(work)
+    return out
 
 
 @contextlib.contextmanager
@@ -126,16 +122,6 @@ def installed() -> Iterator[None]:
     """Within it the GPU's modules find the CPU where they look for a GPU."""
     from swincupy.ops import fused
 
-    cupy = types.ModuleType("cupy")
-
-    def empty(shape: Any, dtype: Any) -> DeviceArray:
-        x = asarray(np.zeros(shape, dtype))
-        x.view(np.uint8).fill(0xFF)  # NaN: what no kernel writes is found
-        return x
-
-    cupy.ndarray, cupy.asarray, cupy.empty = DeviceArray, asarray, empty  # type: ignore[attr-defined]
-    cupy.ascontiguousarray = lambda x, dtype=None: np.ascontiguousarray(x, dtype).view(DeviceArray)  # type: ignore[attr-defined]
-    cupy.cuda = types.SimpleNamespace(Device=lambda n: contextlib.nullcontext())  # type: ignore[attr-defined]
     changed: list[tuple[Any, str, Any]] = [
         (jit, "kernel", kernel),
         (jit, "compute_capability", lambda: 90),
@@ -146,7 +132,7 @@ def installed() -> Iterator[None]:
     kept = [(where, name, getattr(where, name)) for where, name, _ in changed]
     found = sys.modules.get("cupy")
     try:
-        sys.modules["cupy"] = cupy
+        sys.modules["cupy"] = device.module()
         for where, name, value in changed:
             setattr(where, name, value)
         yield

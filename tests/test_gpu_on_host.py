@@ -1,0 +1,345 @@
+"""Models on a GPU, on the CPU: the backend, the engine and its graphs, with host memory for the device's."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import swincupy
+from swincupy import engine, forward
+from swincupy.config import SwinConfig
+from swincupy.errors import InputError, OutOfMemoryError
+from swincupy.parameters import parameter_shapes
+from tests.host import device, emulator
+from tests.parity import recipe
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the kernels for the CPU")
+
+CONFIG = SwinConfig(
+    img_size=16, patch_size=2, embed_dim=16, depths=(2, 1), num_heads=(2, 4), window_size=4, num_classes=3
+)
+LIMITS = {"fp32": 1e-5, "tf32": 2e-3, "fp16": 5e-3, "bf16": 4e-2}
+
+
+@pytest.fixture(autouse=True)
+def host() -> Iterator[None]:
+    with emulator.installed():
+        device.default_pool.free_all_blocks()
+        yield
+    device.card.total = 1 << 30
+
+
+def make(config: SwinConfig = CONFIG, precision: str = "fp32", **options: Any) -> swincupy.SwinTransformer:
+    params = recipe.state_dict(parameter_shapes(config), seed=1)
+    return swincupy.load(params, config=config, device="cuda", precision=precision, **options)
+
+
+def exact(config: SwinConfig = CONFIG) -> swincupy.SwinTransformer:
+    params = recipe.state_dict(parameter_shapes(config), seed=1)
+    return swincupy.load(params, config=config, device="cpu", precision="fp64")
+
+
+def distance(x: Any, want: Any) -> float:
+    d = float(np.linalg.norm(np.asarray(x, np.float64) - want) / np.linalg.norm(want))
+    return d if d == d else float("inf")
+
+
+def images(*shape: int, seed: int = 1) -> np.ndarray:
+    return recipe.images(shape, seed)
+
+
+# ------------------------------------------------------------------ what comes out
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("name", LIMITS)
+def test_all_outputs(version: int, name: str) -> None:
+    config = CONFIG.replace(version=version)
+    model, want = make(config, name), exact(config)
+    x = images(2, 3, 18, 27)
+    assert (model.device, model.precision) == ("cuda:0", name)
+    for ask in (
+        lambda m: [m(x)],
+        lambda m: [m.embed(x, normalize=True)],
+        lambda m: m.features(x, norm=True),
+        lambda m: m.features(x, out_indices=(1,), layout="NHWC"),
+    ):
+        for got, expected in zip(ask(model), ask(want), strict=True):
+            assert type(got) is np.ndarray and got.dtype == np.float32
+            assert distance(got, expected) <= LIMITS[name]
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_graphs_are_bitwise_what_eager_is(name: str) -> None:
+    graphs, eager = make(precision=name), make(precision=name, graphs=False)
+    for seed, shape in enumerate([(1, 3, 16, 16), (3, 3, 16, 16), (1, 3, 16, 16), (2, 3, 9, 21)]):
+        x = images(*shape, seed=seed)
+        for _ in range(2):
+            np.testing.assert_array_equal(graphs(x), eager(x))
+
+
+def test_uint8_images_and_classify() -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), np.uint8)
+    model, want = make(), exact()
+    for got, expected in zip(model.classify(pictures, topk=3), want.classify(pictures, topk=3), strict=True):
+        np.testing.assert_allclose([p.score for p in got], [p.score for p in expected], rtol=1e-4)
+
+
+# ------------------------------------------------------------------ what goes in
+
+
+def test_arrays_come_back_where_they_were() -> None:
+    model = make()
+    x = images(2, 3, 16, 16)
+    on_device = model(device.asarray(x))
+    assert isinstance(on_device, device.DeviceArray) and on_device.dtype == np.float32
+    np.testing.assert_array_equal(np.asarray(on_device), model(x))
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_strided_inputs(where: str) -> None:
+    model, x = make(), images(4, 3, 16, 32)
+    upload = device.asarray if where == "device" else np.asarray
+    want = model(np.ascontiguousarray(x[::-2, :, :, ::2]))
+    np.testing.assert_array_equal(np.asarray(model(upload(x)[::-2, :, :, ::2])), want)
+    np.testing.assert_array_equal(np.asarray(model(upload(x.astype(np.float64))[::-2, :, :, ::2])), want)
+
+
+class Foreign:
+    """An array of another library with memory on the device, float16."""
+
+    def __init__(self, x: np.ndarray, dlpack: bool) -> None:
+        self.x, self.shape, self.dtype, self.asked = device.asarray(x), x.shape, x.dtype, []
+        if dlpack:
+            self.__dlpack_device__ = lambda: (2, 0)
+        self.__cuda_array_interface__ = {}
+
+
+@pytest.mark.parametrize("dlpack", [True, False])
+def test_foreign_device_arrays_are_not_copied(monkeypatch: pytest.MonkeyPatch, dlpack: bool) -> None:
+    """DLPack goes first: it orders our stream after theirs, the other interface's version 2 does not."""
+    model, x = make(), images(2, 3, 16, 16)
+    cupy, seen = sys.modules["cupy"], []
+
+    def take(name: str) -> Any:
+        return lambda given: seen.append((name, given)) or given.x
+
+    monkeypatch.setattr(cupy, "from_dlpack", take("dlpack"), raising=False)
+    monkeypatch.setattr(cupy, "asarray", take("interface"))
+    foreign = Foreign(x, dlpack)
+    pixels = model._backend.pixels(foreign)
+    assert pixels is foreign.x
+    assert seen == [("dlpack" if dlpack else "interface", foreign)]
+
+
+# ------------------------------------------------------------------ memory
+
+
+def test_outputs_are_the_callers() -> None:
+    model = make()
+    x, other = images(2, 3, 16, 16), images(2, 3, 16, 16, seed=2)
+    for ask in (lambda x: [model(x)], lambda x: model.features(x)):
+        kept = ask(device.asarray(x))
+        before = [np.array(y) for y in kept]
+        ask(device.asarray(other))
+        for y, was in zip(kept, before, strict=True):
+            np.testing.assert_array_equal(np.asarray(y), was)
+
+
+def test_inputs_are_not_written_to() -> None:
+    model, x = make(), device.asarray(images(2, 3, 16, 16))
+    before = np.array(x)
+    model(x), model.features(x)
+    np.testing.assert_array_equal(np.asarray(x), before)
+
+
+def test_graphs_keep_what_they_read() -> None:
+    """Whatever is forgotten, collected or overwritten elsewhere, a graph's replays stay right."""
+    model, x = make(), images(3, 3, 16, 16)
+    want = model(x)
+    for side in range(17, 17 + engine._PLANS):  # its plan is no longer among those kept
+        model(images(1, 3, side, 16))
+    gc.collect()
+    device.default_pool.free_all_blocks()
+    for size in (1 << 10, 1 << 14, 1 << 18):
+        device.empty(size, np.uint8).fill(0xFF)
+    np.testing.assert_array_equal(model(x), want)
+
+
+def test_memory_of_a_forgotten_model_is_given_back() -> None:
+    """Without the help of the garbage collector, which runs when it likes."""
+    make()(images(1, 3, 16, 16))
+    gc.collect()
+    device.default_pool.free_all_blocks()
+    before = device.card.used
+    gc.disable()
+    try:
+        model = make()
+        model(images(2, 3, 16, 16)), model.features(images(2, 3, 16, 16))
+        assert device.card.used > before
+        del model
+        device.default_pool.free_all_blocks()
+        assert device.card.used == before
+    finally:
+        gc.enable()
+
+
+def test_loading_keeps_the_weights_and_no_more() -> None:
+    config = CONFIG.replace(embed_dim=64, num_heads=(2, 4))
+    gc.collect()
+    device.default_pool.free_all_blocks()
+    before, model = device.card.used, make(config, "fp16")
+    weights = 2 * model.num_parameters
+    assert device.card.used - before <= weights + 512 * len(model._params)  # each is rounded up
+
+
+def test_weights_are_there_when_load_returns() -> None:
+    """Calls may come on streams that do not wait for the one on which they were uploaded; so with new sizes."""
+    model, waits = None, device.card.waits
+    model = make(graphs=False)
+    assert device.card.waits == waits + 1
+    model(images(1, 3, 16, 16)), model(images(1, 3, 16, 16))
+    assert device.card.waits == waits + 2
+
+
+def test_least_recently_used_graph_goes_first() -> None:
+    model = make()
+    model._engine._capacity = 2
+    sizes = [(1, 3, 16, 16), (2, 3, 16, 16), (3, 3, 16, 16)]
+    model(images(*sizes[0])), model(images(*sizes[1]))
+    used = device.card.used
+    first = model._engine._find((forward.logits, (), sizes[0]))
+    model(images(*sizes[0])), model(images(*sizes[2]))
+    assert [key[2] for key in model._engine._replays] == [sizes[0], sizes[2]]
+    assert model._engine._find((forward.logits, (), sizes[0])) is first
+    device.default_pool.free_all_blocks()
+    assert device.card.used <= used * 1.5  # the second one's memory is free
+
+
+# ------------------------------------------------------------------ out of memory
+
+
+def test_too_large_a_batch() -> None:
+    model = make()
+    x = images(2, 3, 16, 16)
+    want = model(x)
+    gc.collect()
+    device.default_pool.free_all_blocks()
+    before = device.card.used
+    device.card.total = device.card.used + (1 << 20)
+    with pytest.raises(
+        OutOfMemoryError,
+        match=r"model: x of shape \(200, 3, 16, 16\) must fit into the memory of cuda:0, got: Out of memory allocating "
+        r"[\d,]+ bytes .*\d+ of \d+ MiB are free; use a smaller batch",
+    ) as caught:
+        model(np.zeros((200, 3, 16, 16), np.float32))
+    assert device.card.used <= before, "the error holds memory"  # graphs were given up to make room
+    assert isinstance(caught.value, MemoryError)
+    np.testing.assert_array_equal(model(x), want)
+
+
+def test_other_graphs_make_room() -> None:
+    """A batch that fits once the graphs of others are gone goes through."""
+    model = make()
+    model(images(16, 3, 16, 16))
+    one = sum(r._pool.total_bytes() for r in model._engine._replays.values())
+    device.default_pool.free_all_blocks()
+    device.card.total = device.card.used + one // 2
+    x = images(15, 3, 16, 16)
+    got = model(x)
+    assert len(model._engine._replays) == 1
+    device.card.total = 1 << 30
+    np.testing.assert_array_equal(got, make()(x))
+
+
+def test_too_large_a_model() -> None:
+    gc.collect()
+    device.default_pool.free_all_blocks()
+    before = device.card.used
+    device.card.total = before + 20_000
+    with pytest.raises(OutOfMemoryError, match="load: the weights must fit into the memory of cuda:0") as caught:
+        make()
+    device.default_pool.free_all_blocks()
+    assert device.card.used == before and caught.value
+
+
+def test_memory_given_back_in_a_capture_is_noticed() -> None:
+    """A pool that is short frees what it does not use, which the graph does: such a capture counts as out of memory."""
+    model = make()
+    run, x = model._engine._forward(forward.logits, (1, 3, 16, 16), {}), images(1, 3, 16, 16)
+    calls = []
+
+    def greedy(pixels: Any) -> Any:
+        calls.append(None)
+        y = run(pixels)
+        if len(calls) == 2:  # the capture
+            device.card.total = device.card.used + 512
+            device._state().allocators[-1](60_000)
+        return y
+
+    gc.collect()
+    device.default_pool.free_all_blocks()
+    before = device.card.used
+    with pytest.raises(device.OutOfMemoryError):
+        engine._Replay(greedy, (1, 3, 16, 16))
+    device.card.total = 1 << 30
+    device.default_pool.free_all_blocks()
+    assert device.card.used == before
+    np.testing.assert_array_equal(model(x), make()(x))
+
+
+# ------------------------------------------------------------------ failures, threads
+
+
+def test_a_failing_capture_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = make(), images(2, 3, 16, 16)
+    original, calls = model._engine.ops.global_pool, []
+
+    def failing(*args: Any, **options: Any) -> Any:
+        calls.append(device.get_current_stream())
+        if len(calls) == 2:
+            raise InputError("not today")
+        return original(*args, **options)
+
+    monkeypatch.setattr(model._engine.ops, "global_pool", failing)
+    before = device.card.used
+    with pytest.raises(InputError, match="not today"):
+        model(x)
+    assert not calls[1].is_capturing() and device.get_current_stream() is device.null
+    assert device.card.used <= before + (1 << 16)  # the plan of this size is kept
+    np.testing.assert_array_equal(model(x), make()(x))
+
+
+def test_a_model_without_a_head() -> None:
+    with pytest.raises(InputError, match="no classification head"):
+        make(CONFIG.replace(num_classes=0))(images(1, 3, 16, 16))
+
+
+def test_threads() -> None:
+    """Random batch sizes and shapes over four threads with a stream each: bitwise what single calls give."""
+    model = make(precision="fp16")
+    shapes = [(1, 3, 16, 16), (2, 3, 16, 16), (2, 3, 18, 27), (3, 3, 8, 8)]
+    inputs = [images(*s, seed=i) for i, s in enumerate(shapes)]
+    want, wrong = [model(x) for x in inputs], []
+    model._engine.clear()
+
+    def work(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        with device.Stream():
+            for i in rng.integers(0, len(shapes), 8):
+                if not np.array_equal(model(inputs[i]), want[i]):
+                    wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong and len(model._engine._replays) == len(shapes)
