@@ -68,15 +68,25 @@ DEVICE float2 unpack2(unsigned bits) {
 template <int BYTES>
 struct Word;
 template <>
-struct Word<1> { using type = unsigned char; };
+struct Word<1> {
+    using type = unsigned char;
+};
 template <>
-struct Word<2> { using type = unsigned short; };
+struct Word<2> {
+    using type = unsigned short;
+};
 template <>
-struct Word<4> { using type = unsigned; };
+struct Word<4> {
+    using type = unsigned;
+};
 template <>
-struct Word<8> { using type = uint2; };
+struct Word<8> {
+    using type = uint2;
+};
 template <>
-struct Word<16> { using type = uint4; };
+struct Word<16> {
+    using type = uint4;
+};
 
 template <typename T, int N>
 union Pack {
@@ -91,7 +101,7 @@ DEVICE void load(const T* __restrict__ p, float (&x)[N]) {
     if constexpr (sizeof(T) * N > 16) {  // eight floats: two accesses
         constexpr int M = 16 / sizeof(T);
 #pragma unroll
-        for (int k = 0; k < N; k += M) load<M>(p + k, reinterpret_cast<float(&)[M]>(x[k]));
+        for (int k = 0; k < N; k += M) load<M>(p + k, reinterpret_cast<float (&)[M]>(x[k]));
     } else {
         Pack<T, N> pack;
         pack.word = *reinterpret_cast<const typename Word<sizeof(T) * N>::type*>(p);
@@ -105,7 +115,7 @@ DEVICE void store(T* __restrict__ p, const float (&x)[N]) {
     if constexpr (sizeof(T) * N > 16) {
         constexpr int M = 16 / sizeof(T);
 #pragma unroll
-        for (int k = 0; k < N; k += M) store<M>(p + k, reinterpret_cast<const float(&)[M]>(x[k]));
+        for (int k = 0; k < N; k += M) store<M>(p + k, reinterpret_cast<const float (&)[M]>(x[k]));
     } else {
         Pack<T, N> pack;
 #pragma unroll
