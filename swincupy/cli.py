@@ -1,4 +1,4 @@
-"""The command line: ``swincupy classify | embed | convert | inspect | models | doctor``.
+"""The command line: ``swincupy classify | embed | convert | inspect | models | bench | tune | doctor``.
 
 Results go to standard output, all else to standard error. Exit codes: 0 done, 1 something failed,
 2 wrong usage, 130 interrupted.
@@ -100,6 +100,30 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("inspect", _inspect, "say what a checkpoint holds, without loading its arrays", as_json)
     sub.add_argument("file", help="file, folder or published name")
     sub.add_argument("--check", action="store_true", help="read the arrays too, and look for NaN and infinity")
+
+    sub = command("bench", _bench, "time models with random weights, in batches and precisions")
+    sub.add_argument("--model", nargs="+", default=["swin_tiny"], help="architectures, or files (default: swin_tiny)")
+    sub.add_argument("--batch", nargs="+", type=_positive, default=[1, 8, 32], help="(default: 1 8 32)")
+    sub.add_argument("--precision", nargs="+", help="(default: fp16 on a GPU, fp32 on the CPU)")
+    sub.add_argument("--device", help='"cpu", "cuda" or "cuda:N" (default: what `swincupy doctor` says)')
+    sub.add_argument(
+        "--img-size", type=_size, metavar="PIXELS", help="one number, or HEIGHTxWIDTH (default: the model's)"
+    )
+    sub.add_argument("--repeats", type=_positive, default=50, metavar="N", help="timed calls (default: %(default)s)")
+    sub.add_argument("--check", action="store_true", help="compare with float64 on the CPU first; time nothing wrong")
+    sub.add_argument("--kernels", action="store_true", help="one forward pass, call by call, instead of the table")
+    sub.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there")
+    sub.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there")
+
+    sub = command("tune", _tune, "find the fastest matrix products for a model, for all models loaded from then on")
+    sub.add_argument("arguments", nargs="*", metavar="BATCH IMAGE WINDOW HEADS SIZE_PER_HEAD DTYPE INT8",
+                     help="the seven numbers of FasterTransformer's swin_gemm, instead of the options")  # fmt: skip
+    sub.add_argument("--model", help="architecture, or file (default: swin_tiny)")
+    sub.add_argument("--batch", type=_positive, help="(default: 1)")
+    sub.add_argument("--precision", help="fp32, tf32, fp16 or bf16 (default: fp16)")
+    sub.add_argument(
+        "--img-size", type=_size, metavar="PIXELS", help="one number, or HEIGHTxWIDTH (default: the model's)"
+    )
 
     command("models", _models, "list the published checkpoints", as_json)
     command("doctor", _doctor, "say what is installed, what will be used, and whether it works", as_json)
@@ -288,6 +312,73 @@ def _inspect(args: argparse.Namespace) -> int:
     return 1 if found["problem"] or broken else 0
 
 
+# ------------------------------------------------------------ bench and tune
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from swincupy import bench
+    from swincupy.backend import backend
+
+    precisions = args.precision
+    if precisions is None:
+        precisions = ["fp32"] if backend(args.device, "fp32").device == "cpu" else ["fp16"]
+    device = backend(args.device, precisions[0]).device
+    made_on = bench.where(device)
+    _complain(", ".join(f"{k} {v}" for k, v in made_on.items()))
+    if args.kernels:
+        if len(args.model) * len(args.batch) * len(precisions) > 1:
+            raise InputError("bench: --kernels must be of one model, batch and precision; name one of each")
+        rows: list[Any] = list(bench.kernels(args.model[0], args.batch[0], precisions[0], device, args.img_size))
+    else:
+        rows = []
+        measured = bench.run(
+            args.model, args.batch, precisions, device, args.img_size, check=args.check, repeats=args.repeats
+        )
+        for row in measured:
+            _complain(" ".join(map(bench.show, row)))
+            rows.append(row)
+    table = bench.markdown(rows, made_on)
+    print(table, end="")
+    if args.csv:
+        bench.write_csv(args.csv, rows, made_on)
+    if args.markdown:
+        args.markdown.write_text(table, encoding="utf-8")
+    return 0
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from swincupy import tune
+
+    given = (args.model, args.batch, args.precision, args.img_size)
+    if args.arguments:
+        if any(option is not None for option in given):
+            raise InputError("tune: the seven numbers say everything; leave --model, --batch and the others out")
+        if len(args.arguments) != 7:
+            raise InputError(
+                f"tune: arguments must be the seven numbers BATCH IMAGE WINDOW HEADS SIZE_PER_HEAD DTYPE INT8, "
+                f"got {len(args.arguments)}"
+            )
+        config, batch, precision = tune.positional(args.arguments)
+        tune.main(config, batch, precision)
+        return 0
+    tune.main(_config(args.model or "swin_tiny"), args.batch or 1, args.precision or "fp16", args.img_size)
+    return 0
+
+
+def _config(model: str) -> SwinConfig:
+    """The configuration of a file, of the demo model, or of a published architecture."""
+    from swincupy import registry
+    from swincupy.checkpoint import inspect_checkpoint
+    from swincupy.config import SwinConfig
+
+    if not os.path.exists(model):
+        return registry.named_config(model)
+    found = inspect_checkpoint(model)
+    if found["config"] is None:
+        raise InputError(f"tune: {model} must tell its configuration, got: {found['problem']}")
+    return SwinConfig.from_dict(found["config"])
+
+
 # --------------------------------------------------------- models and doctor
 
 
@@ -401,6 +492,12 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
     return value
+
+
+def _size(text: str) -> tuple[int, int]:
+    """``224`` or ``224x320``."""
+    height, _, width = text.partition("x")
+    return _positive(height), _positive(width or height)
 
 
 def _complain(message: str) -> None:

@@ -212,6 +212,28 @@ def stage_geometry(config: SwinConfig, height: int, width: int) -> tuple[StageGe
     )
 
 
+def flops(config: SwinConfig, height: int, width: int) -> int:
+    """Floating-point operations of the matrix products of one image's classification, two for each multiply-add.
+
+    Attention counts each token with the N tokens of its window; padding, norms and softmax count nothing.
+    The published figures are multiply-adds, half of this.
+
+    Parameters
+    ----------
+    config : SwinConfig
+    height, width : int
+        Pixels.
+    """
+    c, geometry = config, stage_geometry(config, height, width)
+    macs = math.prod(geometry[0].grid) * c.embed_dim * c.in_chans * math.prod(c.patch)
+    for i, (C, depth, g) in enumerate(zip(c.dims, c.depths, geometry, strict=True)):
+        tokens, N = math.prod(g.grid), math.prod(g.window)
+        macs += depth * tokens * (4 * C * C + 2 * N * C + 2 * C * c.hidden_dim(i))
+        if i + 1 < c.num_stages:
+            macs += math.prod(geometry[i + 1].grid) * 4 * C * 2 * C
+    return 2 * (macs + c.num_features * c.num_classes)
+
+
 def _grids(c: SwinConfig, height: int, width: int, *, floor: bool) -> list[Pair]:
     """Rows and columns of tokens in each stage; ``floor`` drops what does not fill a patch or a merge.
 

@@ -358,6 +358,57 @@ def test_inspect_broken_files(run, tmp_path):
     assert (code, out) == (1, "") and "broken.safetensors" in one_line(err)
 
 
+# --------------------------------------------------------------------- tune
+
+
+@pytest.fixture
+def tuned(monkeypatch):
+    """What `swincupy.tune.main` is asked for."""
+    asked = []
+    monkeypatch.setattr("swincupy.tune.main", lambda *args: asked.append(args))
+    return asked
+
+
+def test_tune_by_name_and_file(run, tuned):
+    assert run("tune")[0] == 0
+    args = ("--model", registry.fetch("demo"), "--batch", 32, "--precision", "bf16", "--img-size", "64x48")
+    assert run("tune", *args)[0] == 0
+    demo = swincupy.load("demo").config
+    assert tuned == [(registry.named_config("swin_tiny"), 1, "fp16", None), (demo, 32, "bf16", (64, 48))]
+
+
+def test_tune_with_the_arguments_of_swin_gemm(run, tuned):
+    assert run("tune", 32, 224, 7, 4, 32, 1, 0)[0] == 0
+    ((config, batch, precision),) = tuned
+    assert (config.embed_dim, config.num_heads, batch, precision) == (128, (4, 8, 16, 32), 32, "fp16")
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ((32, 224, 7, 4, 32, 1), "must be the seven numbers BATCH IMAGE WINDOW HEADS SIZE_PER_HEAD DTYPE INT8, got 6"),
+        ((32, 224, 7, 4, 32, 1, 1), "INT8 must be 0, got 1"),
+        ((32, 224, 7, 4, 32, "x", 1), "must be the seven integers"),
+        ((32, 224, 7, 4, 32, 1, 0, "--batch", 2), "the seven numbers say everything"),
+        (("--model", "swin_huge"), "name must be a published one"),
+    ],
+)
+def test_tune_refuses(run, tuned, args, message):
+    code, _, err = run("tune", *args)
+    assert code == 1 and message in one_line(err) and not tuned
+
+
+def test_tune_without_a_gpu(run):
+    cupy = pytest.importorskip("cupy", reason="needs CuPy")
+    try:
+        cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError:
+        code, _, err = run("tune")
+        assert code == 1 and "a GPU must be usable" in one_line(err)
+    else:
+        pytest.skip("there is a GPU")
+
+
 # --------------------------------------------------------- models and doctor
 
 

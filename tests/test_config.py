@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from swincupy.config import CONVENTIONS, SwinConfig, stage_geometry
+from swincupy.config import CONVENTIONS, SwinConfig, flops, stage_geometry
 from swincupy.errors import ConfigError, SwincupyError
+from swincupy.registry import named_config
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"version": 3}, "version must be 1 or 2, got 3"),
@@ -201,3 +202,33 @@ def test_there_is_always_a_window(source: str, img_size: Any, size: tuple[int, i
         for g in stage_geometry(config.replace(window_clamp=clamp), *size):
             assert min(*g.grid, *g.window) >= 1
             assert all(0 <= s < m for s, m in zip(g.shift, g.window, strict=True))
+
+
+@pytest.mark.parametrize(
+    "name, gmacs",
+    [
+        ("swin_tiny_patch4_window7_224", 4.5),  # published
+        ("swin_small_patch4_window7_224", 8.7),
+        ("swin_base_patch4_window7_224", 15.4),
+        ("swin_large_patch4_window7_224", 34.5),
+        ("swin_base_patch4_window12_384", 47.0),
+        ("swin_large_patch4_window12_384", 103.9),
+        ("swinv2_tiny_window8_256", 5.9),
+        ("swinv2_base_window16_256", 21.8),
+    ],
+)
+def test_flops(name: str, gmacs: float) -> None:
+    config = named_config(name)
+    assert flops(config, *config.image) / 2e9 == pytest.approx(gmacs, rel=0.01)
+
+
+def test_flops_of_a_model_by_hand() -> None:
+    """One block on 2 x 3 tokens, windows of 2 x 2, without a head."""
+    config = SwinConfig(
+        img_size=(8, 12), embed_dim=8, depths=(1, 1), num_heads=(1, 2), window_size=2, num_classes=0, mlp_ratio=2.0
+    )
+    embed, merge = 6 * 8 * 3 * 16, 2 * 32 * 16
+    first = 6 * (4 * 64 + 2 * 4 * 8 + 2 * 8 * 16)
+    second = 2 * (4 * 256 + 2 * 1 * 16 + 2 * 16 * 32)  # 1 x 2 tokens: the window becomes 1 x 1
+    assert flops(config, 8, 12) == 2 * (embed + merge + first + second)
+    assert flops(config.replace(num_classes=5), 8, 12) - flops(config, 8, 12) == 2 * 16 * 5

@@ -215,7 +215,7 @@ class Stream:
         card.waits += 1
 
     def begin_capture(self, mode: int | None = None) -> None:
-        assert mode == runtime.streamCaptureModeRelaxed, "a pool may have to grow in a capture"
+        assert mode in (None, runtime.streamCaptureModeRelaxed), "a pool may have to grow in a capture"
         self._noted = []
 
     def end_capture(self) -> Graph:
@@ -252,6 +252,11 @@ class Event:
 
     def record(self, stream: Any = None) -> None:
         self.recorded += 1
+
+
+def get_elapsed_time(start: Event, stop: Event) -> float:
+    assert start.recorded and stop.recorded
+    return 0.5
 
 
 class Graph:
@@ -301,6 +306,8 @@ runtime = types.SimpleNamespace(
     CUDARuntimeError=CUDARuntimeError,
     streamCaptureModeRelaxed=2,
     getDeviceCount=lambda: 1,
+    getDeviceProperties=lambda index: {"name": b"Host memory", "major": 9, "minor": 0, "totalGlobalMem": card.total},
+    driverGetVersion=lambda: 13000,
     memGetInfo=lambda: (card.total - card.used, card.total),
 )
 
@@ -312,10 +319,13 @@ def module() -> types.ModuleType:
     cupy.ascontiguousarray = lambda x, dtype=None: np.ascontiguousarray(x, dtype).view(DeviceArray)  # type: ignore[attr-defined]
     for name in ("sqrt", "sum", "maximum", "moveaxis", "array_equal"):
         setattr(cupy, name, getattr(np, name))
+    cupy.__version__ = "14"
     cupy.get_default_memory_pool = lambda: default_pool  # type: ignore[attr-defined]
     cupy.cuda = types.SimpleNamespace(  # type: ignore[attr-defined]
         Device=Device, Stream=Stream, Event=Event, Memory=Memory, MemoryPointer=MemoryPointer, MemoryPool=MemoryPool,
-        get_current_stream=get_current_stream, using_allocator=using_allocator, runtime=runtime,
+        get_current_stream=get_current_stream, get_elapsed_time=get_elapsed_time,
+        using_allocator=using_allocator, runtime=runtime,
         memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
+        nvrtc=types.SimpleNamespace(getVersion=lambda: (13, 0)),
     )  # fmt: skip
     return cupy
