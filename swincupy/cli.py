@@ -404,28 +404,37 @@ def _doctor(args: argparse.Namespace) -> int:
     from swincupy.doctor import report
 
     found = report()
+    gpu, check, gpu_check = found["gpu"], found["self_check"], found["gpu_check"]
+    ok = check["ok"] and not gpu["broken"] and (gpu_check is None or gpu_check["ok"])
     if args.json:
         print(json.dumps(found, indent=2))
-        return 0 if found["self_check"]["ok"] else 1
+        return 0 if ok else 1
     print(f"swincupy    {found['swincupy']}, Python {found['python']}, {found['platform']}")
     print("packages    " + ", ".join(f"{k} {v or 'not installed'}" for k, v in found["packages"].items()))
     blas = [
         f"{b['internal_api']} {b['version']} ({b['architecture']}, {b['num_threads']} threads)" for b in found["blas"]
     ]
     print(f"BLAS        {', '.join(blas) or 'unknown'}, {found['cpus']} CPUs")
-    gpu = found["gpu"]
     for d in gpu["devices"]:
-        print(f"GPU         {d['name']}, compute capability {d['compute']}, {d['memory'] / 2**30:.0f} GiB")
+        memory = f"{d['memory'] / 2**30:.0f} GiB"
+        print(f"GPU         {d['name']}, compute capability {d['compute']}, {memory}, driver {gpu['driver']}")
     if not gpu["devices"]:
-        print(f"GPU         none: {gpu['reason']}")
+        print(f"GPU         none, models run on the CPU: {gpu['reason']}")
     if found["used"]:
         print(f"used        device {found['used']['device']}, precision {found['used']['precision']}")
-    check = found["self_check"]
     if check["ok"]:
         print(f"self-check  ok: the demo model classified an image in {check['milliseconds']} ms")
-        return 0
-    _complain(f"self-check failed: {check['reason']}")
-    return 1
+    else:
+        _complain(f"self-check failed: {check['reason']}")
+    if gpu["broken"]:
+        _complain(f"GPU cannot be used: {gpu['reason']}")
+    if gpu_check is not None and gpu_check["ok"]:
+        what = f"{len(gpu_check['checks'])} checks in {', '.join(gpu_check['precisions'])}"
+        print(f"GPU check   ok: {what} took {gpu_check['seconds']} s")
+    elif gpu_check is not None:
+        for failed in (c for c in gpu_check["checks"] if not c["ok"]):
+            _complain(f"GPU check failed: {failed['name']}: {failed['reason']}")
+    return 0 if ok else 1
 
 
 # ------------------------------------------------------------------- helpers
