@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.metadata
 import re
 import threading
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -153,7 +155,7 @@ def _build(name: str, constants: dict[str, Constant], arch: str | None) -> Kerne
     import cupy
 
     options = _OPTIONS if arch is None else (*_OPTIONS, f"-arch={arch}")
-    raw = cupy.RawModule(code=source(name, constants), options=(*options, _include())).get_function(name)
+    raw = cupy.RawModule(code=source(name, constants), options=(*options, *_include(name))).get_function(name)
     try:
         raw.compile()
     except cupy.cuda.compiler.CompileException as error:
@@ -190,8 +192,33 @@ def shared_per_multiprocessor(device: int) -> int:
 _OPTIONS = ("-std=c++17", "-DNDEBUG")
 
 
-def _include() -> str:
-    return f"-I{resource_dir('cuda')}"
+def _include(name: str) -> tuple[str, ...]:
+    folders = (resource_dir("cuda"), *([cutlass()[0]] if _needs_cutlass(name) else []))
+    return tuple(f"-I{folder}" for folder in folders)
+
+
+def _needs_cutlass(name: str) -> bool:
+    return "#include <cutlass/" in _read(f"{name}.cu")
+
+
+@functools.cache
+def cutlass() -> tuple[Path, str]:
+    """Where the headers of CUTLASS are, and their version.
+
+    Raises
+    ------
+    DeviceError
+        They are not installed.
+    """
+    try:
+        wheel = importlib.metadata.distribution("nvidia-cutlass")
+    except importlib.metadata.PackageNotFoundError:
+        folder = None
+    else:
+        folder = Path(str(wheel.locate_file("cutlass_library/source/include")))
+    if folder is None or not (folder / "cutlass" / "cutlass.h").is_file():
+        raise DeviceError('jit: the headers of CUTLASS must be installed, found none; pip install "swincupy[cutlass]"')
+    return folder, wheel.version
 
 
 def prelude(constants: dict[str, Constant]) -> str:
@@ -231,7 +258,8 @@ def include_hash(file: str) -> str:
 def source(name: str, constants: dict[str, Constant]) -> str:
     """What is compiled: the types, the prelude, the kernel."""
     file = f"{name}.cu"
-    head = f'// {include_hash(file)}\n#include "common.cuh"\n{prelude(constants)}'
+    headers = f" CUTLASS {cutlass()[1]}" if _needs_cutlass(name) else ""
+    head = f'// {include_hash(file)}{headers}\n#include "common.cuh"\n{prelude(constants)}'
     return f'{head}#line 1 "{file}"\n{_read(file)}'
 
 
@@ -266,7 +294,7 @@ def compile_to_cubin(variant: Variant, sm: int) -> bytes:
     from cupy.cuda import nvrtc
 
     arch = variant.arch or f"sm_{sm}"
-    options = assemble_cupy_compiler_options((*_OPTIONS, _include()))
+    options = assemble_cupy_compiler_options((*_OPTIONS, *_include(variant.name)))
     options += ("-ftz=true", f"-arch={arch}", "--device-as-default-execution-space")  # as RawModule has them
     program = nvrtc.createProgram(source(variant.name, variant.constants), f"{variant.name}.cu", (), ())
     try:

@@ -1,7 +1,7 @@
 """Finds the fastest way to compute each matrix product of a model, and remembers it on disk.
 
 The cache is one JSON file. Its entries belong to an environment, that is GPU, driver, cuBLASLt and the
-source of our kernel: in another one they are stale. Entries that cannot be used are ignored with a
+sources of our kernels: in another one they are stale. Entries that cannot be used are ignored with a
 warning; `swincupy.ops.gemm` then searches for itself, briefly.
 """
 
@@ -227,7 +227,7 @@ def _measure(key: Problem) -> tuple[Choice, float, float]:
     import numpy as np
 
     from swincupy import precision as precisions
-    from swincupy.ops import gemm
+    from swincupy.ops import cutlass, gemm
 
     p = precisions.of(key.precision)
     rng = np.random.default_rng(0)
@@ -240,7 +240,7 @@ def _measure(key: Problem) -> tuple[Choice, float, float]:
         array(True, key.M, key.K), array(True, key.N, key.K), array(key.bias, key.N),
         array(key.residual, key.M, key.N), array(True, key.M, key.N),
     )  # fmt: skip
-    choices = gemm.choices(key, 64, gemm.TILES)
+    choices = gemm.choices(key, 64, gemm.TILES + cutlass.TILES)
     first = gemm.search(key, choices, arrays)
     if not first:
         raise DeviceError(f"tune: no algorithm runs {key}")
@@ -267,7 +267,7 @@ def cache_path() -> Path:
 
 
 def environment(device: int) -> str:
-    """What a measurement holds for: GPU, driver, cuBLASLt, and the source of our kernel. The GPU comes first."""
+    """What a measurement holds for: GPU, driver, cuBLASLt, and the sources of our kernels. The GPU comes first."""
     import cupy
 
     from swincupy import jit
@@ -275,7 +275,8 @@ def environment(device: int) -> str:
 
     name = cupy.cuda.runtime.getDeviceProperties(device)["name"].decode()
     driver, library = cupy.cuda.runtime.driverGetVersion(), bindings().get_version()
-    return f"{name} | driver {driver} | cuBLASLt {library} | kernel {jit.include_hash('gemm.cu')[:12]}"
+    kernels = " ".join(jit.include_hash(f"{kernel}.cu")[:12] for kernel in ("gemm", "cutlass_gemm"))
+    return f"{name} | driver {driver} | cuBLASLt {library} | kernels {kernels}"
 
 
 def save(results: Iterable[Result], precision: str) -> Path:
@@ -394,18 +395,18 @@ def _key(p: Problem) -> str:
 
 
 def _encode(choice: Choice) -> str | list[int]:
-    return choice.hex() if isinstance(choice, bytes) else list(choice)
+    return choice.hex() if isinstance(choice, bytes) else list(choice)  # a tile's kernel shows in its length
 
 
 def _decode(stored: Any) -> Choice:
-    from swincupy.ops.gemm import TILES, Tile
+    from swincupy.ops import cutlass, gemm
 
     if isinstance(stored, str):
         return bytes.fromhex(stored)
-    tile = Tile(*stored)
-    if tile not in TILES:
-        raise ValueError(f"no such tile: {stored}")
-    return tile
+    for tile in gemm.TILES + cutlass.TILES:
+        if list(tile) == stored:
+            return tile
+    raise ValueError(f"no such tile: {stored}")
 
 
 # ---------------------------------------------------------------- the table
@@ -431,7 +432,9 @@ def table(results: Sequence[Result]) -> str:
     lines = [f"{'product':<14}{'M x N x K':>22}  {'epilogue':<14}{'us':>9}{'TFLOP/s':>9}{'guess us':>10}  backend"]
     for r in results:
         s = r.shape
-        backend = "cuBLASLt" if isinstance(r.choice, bytes) else "kernel " + "x".join(map(str, r.choice))
+        backend = "cuBLASLt"
+        if not isinstance(r.choice, bytes):
+            backend = f"{'kernel' if len(r.choice) == 5 else 'CUTLASS'} {'x'.join(map(str, r.choice))}"
         lines.append(
             f"{s.name:<14}{f'{s.M} x {s.N} x {s.K}':>22}  {s.epilogue:<14}{r.microseconds:>9.1f}{r.tflops:>9.0f}"
             f"{r.guess:>10.1f}  {backend}"

@@ -14,7 +14,7 @@ import pytest
 
 from swincupy import SwinConfig, tune
 from swincupy.errors import ConfigError, DeviceError, SwincupyError
-from swincupy.ops import gemm
+from swincupy.ops import cutlass, gemm
 
 HERE = "NVIDIA H200 | driver 13000 | cuBLASLt 130100 | kernel 0123456789ab"
 STALE = "NVIDIA H200 | driver 12080 | cuBLASLt 120900 | kernel 0123456789ab"
@@ -48,10 +48,10 @@ def result(choice: Any, *, M: int = 3136, microseconds: float = 5.0) -> tune.Res
     return tune.Result(tune.Shape("stage0.fc1", M, 384, 96, "bias+gelu", 2), choice, microseconds, 6.0)
 
 
-@pytest.mark.parametrize("choice", [ALGORITHM, gemm.TILES[2]], ids=["cublaslt", "kernel"])
+@pytest.mark.parametrize("choice", [ALGORITHM, gemm.TILES[2], cutlass.TILES[1]], ids=["cublaslt", "kernel", "cutlass"])
 def test_what_is_saved_is_found(cache: Path, choice: Any) -> None:
     assert tune.save([result(choice)], "fp16") == cache
-    assert tune.lookup(PROBLEM) == choice
+    assert tune.lookup(PROBLEM) == choice and type(tune.lookup(PROBLEM)) is type(choice)
     assert tune.lookup(PROBLEM._replace(M=1)) is None
     assert tune.lookup(PROBLEM._replace(precision="bf16")) is None
     assert tune.lookup(PROBLEM._replace(gelu=False)) is None

@@ -1,10 +1,11 @@
 """Matrix products with epilogues on the GPU: which backend computes a product, with which algorithm.
 
-Two backends: cuBLASLt, and the kernel ``cuda/gemm.cu``, whose epilogue has the exact GELU. (cuBLASLt's
-is the tanh approximation: where inputs are mostly negative, as after a first MLP layer, its error is
-2 to 4 times that of float16 arithmetic, so it is not used.) What a product runs on is decided at its
-first use: `swincupy.tune`'s cache if it has it, else the fastest of a short search, or inside of a
-stream capture, where nothing can be timed, the library's first guess.
+Three backends: cuBLASLt, and the kernels ``cuda/gemm.cu`` and, with CUTLASS, ``cuda/cutlass_gemm.cu``,
+whose epilogues have the exact GELU. (cuBLASLt's is the tanh approximation: where inputs are mostly
+negative, as after a first MLP layer, its error is 2 to 4 times that of float16 arithmetic, so it is not
+used.) What a product runs on is decided at its first use: `swincupy.tune`'s cache if it has it, else the
+fastest of a short search, or inside of a stream capture, where nothing can be timed, the library's first
+guess. CUTLASS takes seconds to compile, so that only `swincupy.tune` tries it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 from swincupy import jit, tune
 from swincupy import precision as precisions
 from swincupy.errors import DeviceError, InputError
-from swincupy.ops import kernels
+from swincupy.ops import cutlass, kernels
 from swincupy.ops.cublaslt import Product, bindings
 from swincupy.precision import Precision
 
@@ -62,7 +63,7 @@ class Problem(NamedTuple):
         return "+".join(k for k in ("bias", "gelu", "residual") if getattr(self, k)) or "none"
 
 
-Choice = bytes | Tile  # a cuBLASLt algorithm, or a tile of the kernel
+Choice = bytes | Tile | cutlass.Tile  # a cuBLASLt algorithm, or a tile of a kernel
 
 
 def gemm(
@@ -195,12 +196,13 @@ def _decide(problem: Problem, arrays: tuple[Array, ...]) -> Run:
     return runner(problem, found[0])
 
 
-def choices(problem: Problem, algorithms: int, tiles: tuple[Tile, ...]) -> list[Choice]:
-    """What may run a product: up to so many of cuBLASLt's algorithms, best guess first, and these tiles."""
+def choices(problem: Problem, algorithms: int, tiles: tuple[Tile | cutlass.Tile, ...]) -> list[Choice]:
+    """What may run a product: up to so many of cuBLASLt's algorithms, best guess first, and of these tiles what can."""
     found: list[Choice] = [*_product(problem).algorithms(algorithms)]
-    unit = 16 // precisions.of(problem.precision).storage.itemsize
+    precision = precisions.of(problem.precision)
+    unit = 16 // precision.storage.itemsize
     if problem.alignment % 16 == 0 and problem.K % unit == 0 and problem.N % 8 == 0:
-        found += tiles
+        found += [t for t in tiles if isinstance(t, Tile) or cutlass.takes(problem.N, precision)]
     return found
 
 
@@ -214,6 +216,9 @@ def runner(problem: Problem, choice: Choice) -> Run:
     """
     if isinstance(choice, Tile):
         return _Kernel(problem, choice)
+    if isinstance(choice, cutlass.Tile):
+        p = problem
+        return cutlass.Product(p.M, p.N, p.K, precisions.of(p.precision), gelu=p.gelu, tile=choice)
     product = _product(problem)
     product.use(choice)
     if not problem.gelu:
