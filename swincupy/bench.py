@@ -140,18 +140,19 @@ def weights(name: str) -> tuple[Mapping[str, np.ndarray], SwinConfig]:
 def random_weights(config: SwinConfig, seed: int = 0) -> dict[str, np.ndarray]:
     """Parameters at which activations stay near 1 and no term of the model is small."""
     rng = np.random.default_rng(seed)
+    return {name: random_parameter(name, shape, rng) for name, shape in parameter_shapes(config).items()}
 
-    def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        r = rng.standard_normal(shape, np.float32)
-        if name.endswith("logit_scale"):
-            return np.float32(np.log(10)) + np.float32(0.5) * r
-        if len(shape) == 1:
-            return np.float32(0.1) * r + np.float32(name.endswith("weight"))
-        if name.endswith("relative_position_bias_table"):
-            return r
-        return r / np.float32(np.sqrt(np.prod(shape[1:])))
 
-    return {name: draw(name, shape) for name, shape in parameter_shapes(config).items()}
+def random_parameter(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """One of them, by its name in any layout and its rank."""
+    r = rng.standard_normal(shape, np.float32)
+    if name.endswith("logit_scale"):
+        return np.float32(np.log(10)) + np.float32(0.5) * r
+    if len(shape) == 1:
+        return np.float32(0.1) * r + np.float32(name.endswith("weight"))
+    if name.endswith("relative_position_bias_table"):
+        return r
+    return r / np.float32(np.sqrt(np.prod(shape[1:])))
 
 
 def images(batch: int, config: SwinConfig, size: Pair) -> np.ndarray:
@@ -175,7 +176,9 @@ def tolerance(precision: str) -> float:
 
 
 def distance(x: np.ndarray, want: np.ndarray) -> float:
-    """Relative L2 distance; infinite where there are NaNs."""
+    """Relative L2 distance; infinite where there are NaNs, or shapes differ."""
+    if x.shape != want.shape:
+        return float("inf")
     d = float(np.linalg.norm(np.asarray(x, np.float64) - want) / np.linalg.norm(want))
     return d if d == d else float("inf")
 

@@ -54,8 +54,9 @@ def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         list(bench.run(["demo"], [1], ["fp32"], "cpu", check=True))
 
 
-def test_nan_is_wrong() -> None:
+def test_what_cannot_be_right_is_infinitely_far() -> None:
     assert bench.distance(np.array([np.nan, 1]), np.ones(2)) == float("inf")
+    assert bench.distance(np.ones((1, 2)), np.ones((2, 2))) == float("inf")
 
 
 @pytest.mark.parametrize("name", ["swin_tiny", "swinv2_tiny"])
