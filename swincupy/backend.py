@@ -122,7 +122,8 @@ class Gpu:
             with self._on_device("load: the weights", 'use a smaller model, precision="fp16", or device="cpu"'):
                 return self._engine(params, config, scratch)
         finally:
-            scratch.free_all_blocks()
+            with self.xp.cuda.Device(self._index):  # a pool has a part for each device
+                scratch.free_all_blocks()
 
     def _engine(self, params: Mapping[str, np.ndarray], config: SwinConfig, scratch: Any) -> Eager | Graphs:
         from swincupy.engine import Graphs
