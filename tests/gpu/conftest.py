@@ -13,7 +13,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SOURCES = (
-    "cuda/*.cu*", "swincupy/jit.py", "swincupy/engine.py", "swincupy/precision.py", "swincupy/tune.py",
+    "cuda/*.cu*", "swincupy/backend.py", "swincupy/jit.py", "swincupy/engine.py", "swincupy/precision.py", "swincupy/tune.py",
     "swincupy/ops/fused.py", "swincupy/ops/kernels.py", "swincupy/ops/attention.py", "swincupy/ops/gemm.py",
     "swincupy/ops/cublaslt.py", "swincupy/ops/cutlass.py",
 )  # fmt: skip
