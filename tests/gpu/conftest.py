@@ -13,9 +13,9 @@ import pytest
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SOURCES = (
-    "cuda/*.cu*", "swincupy/backend.py", "swincupy/jit.py", "swincupy/engine.py", "swincupy/precision.py", "swincupy/tune.py",
-    "swincupy/ops/fused.py", "swincupy/ops/kernels.py", "swincupy/ops/attention.py", "swincupy/ops/gemm.py",
-    "swincupy/ops/cublaslt.py", "swincupy/ops/cutlass.py",
+    "cuda/*.cu*", "swincupy/backend.py", "swincupy/jit.py", "swincupy/engine.py", "swincupy/precision.py",
+    "swincupy/tune.py", "swincupy/ops/fused.py", "swincupy/ops/kernels.py", "swincupy/ops/attention.py",
+    "swincupy/ops/gemm.py", "swincupy/ops/cublaslt.py", "swincupy/ops/cutlass.py",
 )  # fmt: skip
 COUNTS = {"passed": 0, "failed": 0, "skipped": 0}
 
