@@ -1,9 +1,9 @@
 """Matrix products with epilogues on the GPU: which backend computes a product, with which algorithm.
 
 Three backends: cuBLASLt, and the kernels ``cuda/gemm.cu`` and, with CUTLASS, ``cuda/cutlass_gemm.cu``,
-whose epilogues have the exact GELU. (cuBLASLt's is the tanh approximation: for
-inputs around -1 with a deviation of 1 or less its error, simulated, is 2 to 4 times that of float16
-arithmetic, so it is not used.) What a product runs on is decided at its first use: `swincupy.tune`'s cache if it has it, else the
+whose epilogues have the exact GELU. (cuBLASLt's is the tanh approximation: for inputs around -1 with a
+deviation of 1 or less its error, simulated, is 2 to 4 times that of float16 arithmetic, so it is not
+used.) What a product runs on is decided at its first use: `swincupy.tune`'s cache if it has it, else the
 fastest of a short search, or inside of a stream capture, where nothing can be timed, the library's first
 guess. CUTLASS takes seconds to compile, so that only `swincupy.tune` tries it.
 """
