@@ -148,33 +148,9 @@ class Fused:
         ``position_bias`` is [nH, N, N], or what `position_bias` made of it, which saves work in every
         call. ``mask`` is not read: the kernel has the mask of ``shift``, whatever is given here.
         """
-        what = "attention_block"
-        x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias = self._take(
-            what,
-            x=x,
-            norm_weight=norm_weight,
-            norm_bias=norm_bias,
-            qkv_weight=qkv_weight,
-            qkv_bias=qkv_bias,
-            proj_weight=proj_weight,
-            proj_bias=proj_bias,
-        )
-        B, H, W, _ = self._check_attention(what, x, qkv_weight, proj_weight, num_heads, ndim=4)
-        _need_norm(what, x.shape[-1], norm_weight, norm_bias)
-        y = kernels.layer_norm(x, norm_weight, norm_bias, eps=eps, precision=self.precision)
-        y = attention.window_attention(
-            self._product(what, y, qkv_weight, qkv_bias).reshape(B * H * W, -1),
-            qkv_bias,
-            self.position_bias(position_bias),
-            batch=B,
-            grid=(H, W),
-            window=window,
-            shift=shift,
-            pad_mode=pad_mode,
-            num_heads=num_heads,
-            precision=self.precision,
-        )
-        return self._product(what, y, proj_weight, proj_bias, residual=x).reshape(x.shape)
+        weights = (norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias)
+        windows: dict[str, Any] = {"num_heads": num_heads, "window": window, "shift": shift, "pad_mode": pad_mode}
+        return self._attention_block("attention_block", x, weights, None, position_bias, eps, **windows)
 
     def cosine_attention_block(
         self,
@@ -199,34 +175,10 @@ class Fused:
 
         For ``position_bias`` and ``mask`` see `attention_block`.
         """
-        what = "cosine_attention_block"
-        x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias = self._take(
-            what,
-            x=x,
-            norm_weight=norm_weight,
-            norm_bias=norm_bias,
-            qkv_weight=qkv_weight,
-            qkv_bias=qkv_bias,
-            proj_weight=proj_weight,
-            proj_bias=proj_bias,
-        )
-        B, H, W, _ = self._check_attention(what, x, qkv_weight, proj_weight, num_heads, ndim=4)
-        _need_norm(what, x.shape[-1], norm_weight, norm_bias)
-        y = attention.window_attention(
-            self._product(what, x, qkv_weight, qkv_bias).reshape(B * H * W, -1),
-            qkv_bias,
-            self.position_bias(position_bias),
-            batch=B,
-            grid=(H, W),
-            window=window,
-            shift=shift,
-            pad_mode=pad_mode,
-            num_heads=num_heads,
-            logit_scale=self._float32(logit_scale),
-            precision=self.precision,
-        )
-        y = self._product(what, y, proj_weight, proj_bias).reshape(x.shape)
-        return kernels.layer_norm_residual(x, y, norm_weight, norm_bias, eps=eps, precision=self.precision, out=y)
+        weights = (norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias)
+        windows: dict[str, Any] = {"num_heads": num_heads, "window": window, "shift": shift, "pad_mode": pad_mode}
+        scale = self._float32(logit_scale)
+        return self._attention_block("cosine_attention_block", x, weights, scale, position_bias, eps, **windows)
 
     def window_attention(
         self,
@@ -472,6 +424,43 @@ class Fused:
         _need(qkv_weight.shape == (3 * C, C), f"{what}: qkv_weight must be [{3 * C}, {C}]", qkv_weight)
         _need(proj_weight.shape == (C, C), f"{what}: proj_weight must be [{C}, {C}]", proj_weight)
         return tuple(x.shape)
+
+    def _attention_block(
+        self,
+        what: str,
+        x: Array,
+        weights: tuple[Array | None, ...],
+        logit_scale: Array | None,
+        position_bias: Array,
+        eps: float,
+        *,
+        num_heads: int,
+        **windows: Any,
+    ) -> Array:
+        """V1: ``x + attention(LN(x))``; V2, where there is a ``logit_scale``: ``x + LN(attention(x))``."""
+        names = ("norm_weight", "norm_bias", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias")
+        x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias = self._take(
+            what, x=x, **dict(zip(names, weights, strict=True))
+        )
+        B, H, W, C = self._check_attention(what, x, qkv_weight, proj_weight, num_heads, ndim=4)
+        _need_norm(what, C, norm_weight, norm_bias)
+        norm: dict[str, Any] = {"eps": eps, "precision": self.precision}
+        y = x if logit_scale is not None else kernels.layer_norm(x, norm_weight, norm_bias, **norm)
+        y = attention.window_attention(
+            self._product(what, y, qkv_weight, qkv_bias).reshape(B * H * W, -1),
+            qkv_bias,
+            self.position_bias(position_bias),
+            batch=B,
+            grid=(H, W),
+            num_heads=num_heads,
+            logit_scale=logit_scale,
+            precision=self.precision,
+            **windows,
+        )
+        if logit_scale is None:
+            return self._product(what, y, proj_weight, proj_bias, residual=x).reshape(x.shape)
+        y = self._product(what, y, proj_weight, proj_bias).reshape(x.shape)
+        return kernels.layer_norm_residual(x, y, norm_weight, norm_bias, **norm, out=y)
 
     def _window_attention(
         self,
