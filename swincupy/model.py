@@ -82,17 +82,19 @@ def load(
     from swincupy.preprocess import for_checkpoint
 
     backend(device, precision)  # says no before anything is read
-    labels = None
-    if isinstance(source, (str, os.PathLike)) and not os.path.exists(source):
-        name = os.fspath(source)
-        source, config, labels = registry.fetch(name), config or registry.config_for(name), registry.labels_for(name)
+    name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
+    if name is not None and not os.path.exists(name):
+        source, config = registry.fetch(name), config or registry.config_for(name)
     checkpoint = read_checkpoint(source, config=config)
+    labels = checkpoint.labels
+    if labels is None and name is not None:
+        labels = registry.labels_of_file(name, checkpoint.config.num_classes)
     config = checkpoint.config if pad_mode is None else checkpoint.config.replace(pad_mode=pad_mode)
     return SwinTransformer(
         checkpoint.params,
         config,
         layout=checkpoint.layout,
-        labels=checkpoint.labels or labels,
+        labels=labels,
         preprocess=for_checkpoint(checkpoint.preprocess, checkpoint.layout, config, preset=preset),
         device=device,
         precision=precision,
@@ -346,7 +348,7 @@ class SwinTransformer:
         else:
             from swincupy.preprocess import stream
 
-            batches = stream(x, self.preprocess, batch_size)
+            batches = stream(host(x) if hasattr(x, "dtype") else x, self.preprocess, batch_size)
             one = isinstance(x, (str, bytes)) or getattr(x, "ndim", 4) != 4
             total = 1 if one else len(x) if hasattr(x, "__len__") else None
         if not progress:

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
@@ -203,6 +204,18 @@ def labels_for(name: str) -> tuple[str, ...] | None:
     """
     found = entry(name)
     return imagenet1k() if found.architecture is not None and found.num_classes == 1000 else None
+
+
+def labels_of_file(path: str, num_classes: int) -> tuple[str, ...] | None:
+    """Names of the classes of a file called as a published checkpoint is, if it has as many, else None."""
+    stem = os.path.basename(os.path.normpath(path))
+    for suffix in (".safetensors", ".pth", ".pt", ".bin"):
+        stem = stem.removesuffix(suffix)
+    try:
+        labels = labels_for(stem)
+    except CheckpointError:  # called otherwise
+        return None
+    return labels if labels is not None and len(labels) == num_classes else None
 
 
 def fetch(name: str, progress: bool = True) -> Path:

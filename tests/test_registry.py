@@ -144,6 +144,21 @@ def test_labels_of_imagenet():
     assert registry.labels_for("demo") is None
 
 
+@pytest.mark.parametrize(
+    ("path", "classes", "named"),
+    [
+        ("folder/swin_tiny_patch4_window7_224.pth", 1000, True),
+        ("swin_base_patch4_window12_384_22kto1k.pth", 1000, True),
+        ("microsoft/swin-tiny-patch4-window7-224/", 1000, True),
+        ("swin_tiny_patch4_window7_224.pth", 10, False),  # trained on something else since
+        ("swin_base_patch4_window12_384_22k.pth", 21841, False),
+        ("model.safetensors", 1000, False),
+    ],
+)
+def test_labels_of_files_called_as_published(path, classes, named):
+    assert registry.labels_of_file(path, classes) == (labels.imagenet1k() if named else None)
+
+
 def test_demo_is_the_shipped_file():
     path = registry.fetch("demo")
     assert path == resources.resource_dir("weights") / "swin_digits.safetensors"
