@@ -67,7 +67,14 @@ class Kernel:
         self.name, self.raw, self.parameters, self.device = name, raw, parameters, device
         self._shared = _SHARED_DEFAULT
 
-    def __call__(self, grid: int | tuple[int, ...], block: int | tuple[int, ...], *args: Any, shared: int = 0) -> None:
+    def __call__(
+        self,
+        grid: int | tuple[int, ...],
+        block: int | tuple[int, ...],
+        *args: Any,
+        shared: int = 0,
+        overlap: bool = False,
+    ) -> None:
         """Launch on CuPy's current stream.
 
         Parameters
@@ -78,6 +85,9 @@ class Kernel:
             this device, or None; a number is cast to the declared type.
         shared : int
             Bytes of dynamic shared memory.
+        overlap : bool
+            The kernel waits by itself for those ahead of it (``wait_for_kernels_ahead`` of cuda/hopper.cuh):
+            it may start before they are done. Where that cannot be asked for, it starts after them.
 
         Raises
         ------
@@ -91,7 +101,30 @@ class Kernel:
         cast = tuple([self._cast(p, a) for p, a in zip(self.parameters, args, strict=True)])
         if shared > self._shared:
             self._allow(shared)
-        self.raw(_triple(grid), _triple(block), cast, shared_mem=shared)
+        if overlap and _driver() is not None:
+            self._launch_early(_triple(grid), _triple(block), cast, shared)
+        else:
+            self.raw(_triple(grid), _triple(block), cast, shared_mem=shared)
+
+    def _launch_early(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], shared: int) -> None:
+        """Programmatic dependent launch, which CuPy does not offer."""
+        import cupy
+
+        driver = _driver()
+        early = driver.CUlaunchAttribute()
+        early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        early.value.programmaticStreamSerializationAllowed = 1
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = block
+        config.sharedMemBytes = shared
+        config.hStream = cupy.cuda.get_current_stream().ptr
+        config.attrs, config.numAttrs = [early], 1
+        values = [np.array([a if isinstance(a, np.generic | np.ndarray) else np.uint64(a.data.ptr)]) for a in args]
+        addresses = np.array([v.ctypes.data for v in values], np.uint64)
+        (status,) = driver.cuLaunchKernelEx(config, self.raw.kernel.ptr, addresses.ctypes.data, 0)
+        if status != driver.CUresult.CUDA_SUCCESS:
+            raise cupy.cuda.driver.CUDADriverError(int(status))
 
     def _cast(self, p: Parameter, value: Any) -> Any:
         if not p.pointer:
@@ -117,6 +150,16 @@ class Kernel:
                 'use device="cpu" or a GPU with more'
             ) from error
         self._shared = shared
+
+
+@functools.cache
+def _driver() -> Any:
+    """``cuda.bindings.driver``, or None where it is not installed."""
+    try:
+        from cuda.bindings import driver
+    except ImportError:
+        return None
+    return driver
 
 
 def kernel(name: str, *, arch: Any = None, **constants: Constant) -> Kernel:

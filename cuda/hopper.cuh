@@ -1,0 +1,215 @@
+// What kernels of SM 9.0 share: mbarriers, bulk copies, asynchronous products of a warpgroup, early launches.
+// Only kernels that are built for sm_90a include this.
+#pragma once
+#include "common.cuh"
+
+constexpr int WARPGROUP = 128;
+
+// ---------------------------------------------------------------- order of kernels in a stream
+//
+// A kernel that was launched to overlap (jit.Kernel, overlap=True) starts before the one ahead of it is done. What it
+// does first must not touch what other kernels write, or read.
+
+// Wait for the kernels ahead, and see what they wrote.
+DEVICE void wait_for_kernels_ahead() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// From here on the next kernel may start; it is held back by its own wait, not by this.
+DEVICE void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// ---------------------------------------------------------------- barriers in shared memory
+//
+// A barrier's phase ends when all arrivals and all bytes that it expects have come; phases have parity 0, 1, 0, ...
+
+DEVICE void barrier_init(unsigned long long* barrier, unsigned arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+// After the inits, before other threads and the copy engine use the barriers; __syncthreads() comes on top.
+DEVICE void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+DEVICE void barrier_arrive(unsigned long long* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+// Arrive, and expect so many bytes of copies.
+DEVICE void barrier_expect(unsigned long long* barrier, unsigned bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+// Wait until the phase of this parity is over.
+DEVICE void barrier_wait(unsigned long long* barrier, unsigned parity) {
+    asm volatile(
+        "{\n.reg .pred done;\nWAIT_%=:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra "
+        "WAIT_%=;\n}" ::"r"(shared_address(barrier)),
+        "r"(parity)
+        : "memory");
+}
+// A barrier of the hardware for part of a block: ID 1..15 (0 is __syncthreads), THREADS a multiple of 32.
+template <int THREADS>
+DEVICE void named_barrier(unsigned id) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
+}
+template <int THREADS>
+DEVICE void named_barrier_arrive(unsigned id) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
+}
+
+// ---------------------------------------------------------------- copies by the copy engine
+
+struct TensorMap {  // CUtensorMap, a __grid_constant__ parameter
+    alignas(64) unsigned long long words[16];
+};
+
+// Linear, to shared memory; addresses and bytes are multiples of 16. Counts as bytes at the barrier.
+DEVICE void copy_bulk(void* to, const void* from, unsigned bytes, unsigned long long* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
+}
+// A box of a two-dimensional tensor map, its inner coordinate first.
+DEVICE void copy_box(void* to, const TensorMap* map, int inner, int outer, unsigned long long* barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], "
+        "[%2];" ::"r"(shared_address(to)),
+        "l"(map), "r"(shared_address(barrier)), "r"(inner), "r"(outer)
+        : "memory");
+}
+DEVICE void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+
+// Ordinary stores to shared memory become visible to the copy engine and to wgmma; a barrier must follow.
+DEVICE void fence_for_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Four 8 x 8 matrices of 16-bit elements to shared memory; lane l gives the address of row l % 8 of matrix l / 8.
+DEVICE void store_matrix_x4(unsigned to, unsigned r0, unsigned r1, unsigned r2, unsigned r3) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(r0), "r"(r1),
+                 "r"(r2), "r"(r3)
+                 : "memory");
+}
+
+// ---------------------------------------------------------------- registers
+
+template <int N>
+DEVICE void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N>
+DEVICE void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+// ---------------------------------------------------------------- products of a warpgroup
+//
+// wgmma, D[64, N] += A[64, 16] B[16, N] of 16-bit elements. Warp w of the warpgroup has rows 16 w .. 16 w + 15; its
+// lane of group g = lane / 4 and thread t = lane % 4 holds, of each eight columns j, d[4 j + 0, 1] = D[g][8 j + 2 t, + 1]
+// and d[4 j + 2, 3] = D[g + 8][the same]; A in registers is as in mma_16x8x16.
+//
+// Order: fence (registers were written), products, commit, wait. Accumulators and A's registers must not be touched in
+// between; hold() after a wait keeps the compiler from reading them before it.
+
+DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING>
+DEVICE void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+template <int N>
+DEVICE void hold(float (&d)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+template <int N>
+DEVICE void hold(unsigned (&d)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) asm volatile("" : "+r"(d[i])::"memory");
+}
+
+// Descriptor of an operand in shared memory whose rows are K-major pieces of SWIZZLE bytes (128, 64 or 32), eight rows
+// after each other; the tile's address is a multiple of 8 * SWIZZLE. Within a piece the next 16 elements are at + 2.
+template <int SWIZZLE>
+DEVICE unsigned long long descriptor(unsigned address) {
+    constexpr unsigned long long mode = SWIZZLE == 128 ? 1 : SWIZZLE == 64 ? 2 : 3;
+    return (address & 0x3ffffull) >> 4 | 1ull << 16 | static_cast<unsigned long long>(8 * SWIZZLE / 16) << 32 |
+           mode << 62;
+}
+
+#define WGMMA_D16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define WGMMA_D32 \
+    WGMMA_D16     \
+    ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define WGMMA_D48 \
+    WGMMA_D32     \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define WGMMA_D64 \
+    WGMMA_D48     \
+    ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define WGMMA_D96                                                                      \
+    WGMMA_D64                                                                          \
+    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+    ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define WGMMA_D128                                                                                 \
+    WGMMA_D96                                                                                      \
+    ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
+    ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define WGMMA_4(C, d, i) C(d[i]), C(d[i + 1]), C(d[i + 2]), C(d[i + 3])
+#define WGMMA_S16(C, d, i) WGMMA_4(C, d, i), WGMMA_4(C, d, i + 4), WGMMA_4(C, d, i + 8), WGMMA_4(C, d, i + 12)
+#define WGMMA_R16(C, d) WGMMA_S16(C, d, 0)
+#define WGMMA_R32(C, d) WGMMA_R16(C, d), WGMMA_S16(C, d, 16)
+#define WGMMA_R48(C, d) WGMMA_R32(C, d), WGMMA_S16(C, d, 32)
+#define WGMMA_R64(C, d) WGMMA_R48(C, d), WGMMA_S16(C, d, 48)
+#define WGMMA_R96(C, d) WGMMA_R64(C, d), WGMMA_S16(C, d, 64), WGMMA_S16(C, d, 80)
+#define WGMMA_R128(C, d) WGMMA_R96(C, d), WGMMA_S16(C, d, 96), WGMMA_S16(C, d, 112)
+
+// The instruction: N columns, n of them sums a thread, C "+f" (add to them) or "=f" (write them); operands from %n on.
+#define WGMMA_SS(N, n, C, TYPE, a_at, b_at, add_at, trans_at)                                    \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " add_at                                  \
+                 ", 0;\n"                                                                        \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" WGMMA_D##n \
+                 "}, " a_at ", " b_at ", add, 1, 1, 0, " trans_at ";\n}"                         \
+                 : WGMMA_R##n(C, d)                                                              \
+                 : "l"(a), "l"(b), "r"(add), "n"(TRANSPOSED))
+#define WGMMA_RS(N, n, C, TYPE, a_at, b_at, add_at, trans_at)                                    \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " add_at                                  \
+                 ", 0;\n"                                                                        \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" WGMMA_D##n \
+                 "}, {" a_at "}, " b_at ", add, 1, 1, " trans_at ";\n}"                          \
+                 : WGMMA_R##n(C, d)                                                              \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(TRANSPOSED))
+
+// wgmma(d, a, b): d += a b. wgmma_first(d, a, b): d = a b, the sums before do not matter, nor cost registers.
+// a is a descriptor or four registers, b a descriptor of [N, 16], or of [16, N] where TRANSPOSED.
+#define WGMMA(N, n, ss0, ss1, ss2, ss3, rs0, rs1, rs2, rs3)                                \
+    template <typename T, int TRANSPOSED = 0>                                              \
+    DEVICE void wgmma(float (&d)[n], unsigned long long a, unsigned long long b) {         \
+        const int add = 1;                                                                 \
+        if constexpr (is_same<T, __half>)                                                  \
+            WGMMA_SS(N, n, "+f", "f16", ss0, ss1, ss2, ss3);                               \
+        else                                                                               \
+            WGMMA_SS(N, n, "+f", "bf16", ss0, ss1, ss2, ss3);                              \
+    }                                                                                      \
+    template <typename T, int TRANSPOSED = 0>                                              \
+    DEVICE void wgmma_first(float (&d)[n], unsigned long long a, unsigned long long b) {   \
+        const int add = 0;                                                                 \
+        if constexpr (is_same<T, __half>)                                                  \
+            WGMMA_SS(N, n, "=f", "f16", ss0, ss1, ss2, ss3);                               \
+        else                                                                               \
+            WGMMA_SS(N, n, "=f", "bf16", ss0, ss1, ss2, ss3);                              \
+    }                                                                                      \
+    template <typename T, int TRANSPOSED = 0>                                              \
+    DEVICE void wgmma(float (&d)[n], const unsigned (&a)[4], unsigned long long b) {       \
+        const int add = 1;                                                                 \
+        if constexpr (is_same<T, __half>)                                                  \
+            WGMMA_RS(N, n, "+f", "f16", rs0, rs1, rs2, rs3);                               \
+        else                                                                               \
+            WGMMA_RS(N, n, "+f", "bf16", rs0, rs1, rs2, rs3);                              \
+    }                                                                                      \
+    template <typename T, int TRANSPOSED = 0>                                              \
+    DEVICE void wgmma_first(float (&d)[n], const unsigned (&a)[4], unsigned long long b) { \
+        const int add = 0;                                                                 \
+        if constexpr (is_same<T, __half>)                                                  \
+            WGMMA_RS(N, n, "=f", "f16", rs0, rs1, rs2, rs3);                               \
+        else                                                                               \
+            WGMMA_RS(N, n, "=f", "bf16", rs0, rs1, rs2, rs3);                              \
+    }
+WGMMA(32, 16, "%16", "%17", "%18", "%19", "%16, %17, %18, %19", "%20", "%21", "%22")
+WGMMA(64, 32, "%32", "%33", "%34", "%35", "%32, %33, %34, %35", "%36", "%37", "%38")
+WGMMA(96, 48, "%48", "%49", "%50", "%51", "%48, %49, %50, %51", "%52", "%53", "%54")
+WGMMA(128, 64, "%64", "%65", "%66", "%67", "%64, %65, %66, %67", "%68", "%69", "%70")
+WGMMA(192, 96, "%96", "%97", "%98", "%99", "%96, %97, %98, %99", "%100", "%101", "%102")
+WGMMA(256, 128, "%128", "%129", "%130", "%131", "%128, %129, %130, %131", "%132", "%133", "%134")
