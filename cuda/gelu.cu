@@ -10,6 +10,8 @@ extern "C" __global__ void __launch_bounds__(256)
     gelu(const scalar_t* x, const scalar_t* __restrict__ bias, scalar_t* out, long long n, int C) {
     const long long i = (static_cast<long long>(blockIdx.x) * 256 + threadIdx.x) * VEC;
     if (i >= n) return;
+    let_next_kernel_start();
+    wait_for_kernels_ahead();
     float v[VEC], b[VEC] = {};
     load<VEC>(x + i, v);
     if (bias) load<VEC>(bias + i % C, b);

@@ -55,6 +55,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             copy_async<16>(to + w_offset(from_row + i, thread % CHUNKS), valid ? from_w + (i * K + k) : w, valid);
         }
     };
+    let_next_kernel_start();
+    wait_for_kernels_ahead();
 #pragma unroll
     for (int slab = 0; slab < STAGES - 1; ++slab) {
         if (slab < slabs) copy(slab);

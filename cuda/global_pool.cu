@@ -11,14 +11,16 @@
 static_assert(GROUPS == 1 || GROUP <= WARP);
 
 extern "C" __global__ void __launch_bounds__(GROUPS* GROUP)
-    global_pool(const scalar_t* __restrict__ x, const scalar_t* __restrict__ gamma, const scalar_t* __restrict__ beta,
-                out_t* __restrict__ out, int tokens, float scale, float eps) {
+    global_pool(const scalar_t* x, const scalar_t* __restrict__ gamma, const scalar_t* __restrict__ beta, out_t* out,
+                int tokens, float scale, float eps) {
     extern __shared__ __align__(16) float partial[];  // [GROUPS][C]
     const int splits = gridDim.x, split = blockIdx.x, b = blockIdx.y, group = threadIdx.x / GROUP;
     const int first = static_cast<long long>(tokens) * split / splits;
     const int last = static_cast<long long>(tokens) * (split + 1) / splits;
     x += static_cast<size_t>(b) * tokens * C;
 
+    let_next_kernel_start();
+    wait_for_kernels_ahead();
     Row<C, VEC, GROUP> sum, row, next;
     sum.zero();
     if (first + group < last) next.load_from(x + static_cast<size_t>(first + group) * C);

@@ -5,16 +5,6 @@
 
 constexpr int WARPGROUP = 128;
 
-// ---------------------------------------------------------------- order of kernels in a stream
-//
-// A kernel that was launched to overlap (jit.Kernel, overlap=True) starts before the one ahead of it is done. What it
-// does first must not touch what other kernels write, or read.
-
-// Wait for the kernels ahead, and see what they wrote.
-DEVICE void wait_for_kernels_ahead() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-// From here on the next kernel may start; it is held back by its own wait, not by this.
-DEVICE void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
 // ---------------------------------------------------------------- barriers in shared memory
 //
 // A barrier's phase ends when all arrivals and all bytes that it expects have come; phases have parity 0, 1, 0, ...
@@ -50,6 +40,59 @@ DEVICE void named_barrier_arrive(unsigned id) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
 }
 
+// ---------------------------------------------------------------- clusters of blocks
+
+// All threads of all blocks of the cluster; what they wrote before, to shared memory too, is seen after it.
+DEVICE void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// The same in two steps: what a thread does between them, it does while others are still on their way.
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// The same for threads that have nothing to show, only to tell how far they are: ten times as fast.
+DEVICE void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+DEVICE unsigned cluster_rank() {
+    unsigned rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+// The address, in block `rank` of the cluster, of what lies at this address of shared memory here.
+DEVICE unsigned address_in_block(unsigned address, unsigned rank) {
+    unsigned there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+    return there;
+}
+DEVICE void store_in_block(unsigned to, uint4 x) {
+    asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+                 : "memory");
+}
+DEVICE void store_in_block(unsigned to, float2 x) {
+    asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(x.x), "f"(x.y) : "memory");
+}
+// 16 bytes, which count as bytes at a barrier of that block; both are addresses as address_in_block gives.
+DEVICE void store_async_in_block(unsigned to, float a, float b, float c, float d, unsigned barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+                 "f"(a), "f"(b), "f"(c), "f"(d), "r"(barrier)
+                 : "memory");
+}
+// As barrier_wait, and what other blocks of the cluster stored is seen.
+DEVICE void barrier_wait_cluster(unsigned long long* barrier, unsigned parity) {
+    asm volatile(
+        "{\n.reg .pred done;\nWAIT_%=:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], "
+        "%1;\n@!done bra WAIT_%=;\n}" ::"r"(shared_address(barrier)),
+        "r"(parity)
+        : "memory");
+}
+// What block `rank` of the cluster has where this block has *p.
+DEVICE float load_of_cluster(const float* p, unsigned rank) {
+    float x;
+    asm volatile("{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.f32 %0, [there];\n}"
+                 : "=f"(x)
+                 : "r"(shared_address(p)), "r"(rank)
+                 : "memory");
+    return x;
+}
+
 // ---------------------------------------------------------------- copies by the copy engine
 
 struct TensorMap {  // CUtensorMap, a __grid_constant__ parameter
@@ -63,12 +106,29 @@ DEVICE void copy_bulk(void* to, const void* from, unsigned bytes, unsigned long 
                  "l"(from), "r"(bytes), "r"(shared_address(barrier))
                  : "memory");
 }
+// The same to all blocks of the cluster whose bits are set in the mask, to the same place and barrier in each.
+DEVICE void copy_bulk_multicast(void* to, const void* from, unsigned bytes, unsigned long long* barrier,
+                                unsigned mask) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
+        "%4;" ::"r"(shared_address(to)),
+        "l"(from), "r"(bytes), "r"(shared_address(barrier)), "h"(static_cast<unsigned short>(mask))
+        : "memory");
+}
 // A box of a two-dimensional tensor map, its inner coordinate first.
 DEVICE void copy_box(void* to, const TensorMap* map, int inner, int outer, unsigned long long* barrier) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], "
         "[%2];" ::"r"(shared_address(to)),
         "l"(map), "r"(shared_address(barrier)), "r"(inner), "r"(outer)
+        : "memory");
+}
+// A box of rows n, n + 1, ... of a map [N / 32, 4, 4, 2, K] that permutes each 32 rows (ops/tensor_maps.py), n32 = n / 32.
+DEVICE void copy_permuted_rows(void* to, const TensorMap* map, int k, int n32, unsigned long long* barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
+        "[%1, {%3, %4, %4, %4, %5}], [%2];" ::"r"(shared_address(to)),
+        "l"(map), "r"(shared_address(barrier)), "r"(k), "r"(0), "r"(n32)
         : "memory");
 }
 DEVICE void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
@@ -83,6 +143,15 @@ DEVICE void store_matrix_x4(unsigned to, unsigned r0, unsigned r1, unsigned r2, 
                  : "memory");
 }
 
+// Two matrices, each transposed on the way; lanes 0..15 give the addresses.
+DEVICE void store_matrix_x2_trans(unsigned to, unsigned r0, unsigned r1) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(r0), "r"(r1)
+                 : "memory");
+}
+
+// Bring the 128 bytes around p into the second level cache.
+DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // ---------------------------------------------------------------- registers
 
 template <int N>
@@ -92,6 +161,21 @@ DEVICE void take_registers() {
 template <int N>
 DEVICE void give_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+// The compiler forgets where this number came from: what depends on it in a loop is computed there, not kept in
+// registers from before the loop.
+DEVICE void forget_origin(unsigned& x) { asm volatile("" : "+r"(x)); }
+
+// Two floats as the 32 bits of two 16-bit elements in one instruction; pack2 of common.cuh takes three.
+template <typename T>
+DEVICE unsigned round2(float lo, float hi) {
+    unsigned bits;
+    if constexpr (is_same<T, __half>)
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(hi), "f"(lo));
+    else
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(hi), "f"(lo));
+    return bits;
 }
 
 // ---------------------------------------------------------------- products of a warpgroup
@@ -129,7 +213,20 @@ DEVICE unsigned long long descriptor(unsigned address) {
            mode << 62;
 }
 
+// The same without a swizzle: 8 x 8 pieces of 128 bytes, k_stride bytes from one to the next along k and row_stride
+// along the rows, both multiples of 16.
+DEVICE unsigned long long descriptor_plain(unsigned address, int k_stride, int row_stride) {
+    return (address & 0x3ffffull) >> 4 | static_cast<unsigned long long>(k_stride / 16) << 16 |
+           static_cast<unsigned long long>(row_stride / 16) << 32;
+}
+
+#define WGMMA_D8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define WGMMA_D12 WGMMA_D8 ", %8, %9, %10, %11"
 #define WGMMA_D16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define WGMMA_D28 \
+    WGMMA_D16     \
+    ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27"
+#define WGMMA_D24 WGMMA_D16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define WGMMA_D32 \
     WGMMA_D16     \
     ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -149,7 +246,11 @@ DEVICE unsigned long long descriptor(unsigned address) {
     ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define WGMMA_4(C, d, i) C(d[i]), C(d[i + 1]), C(d[i + 2]), C(d[i + 3])
 #define WGMMA_S16(C, d, i) WGMMA_4(C, d, i), WGMMA_4(C, d, i + 4), WGMMA_4(C, d, i + 8), WGMMA_4(C, d, i + 12)
+#define WGMMA_R8(C, d) WGMMA_4(C, d, 0), WGMMA_4(C, d, 4)
+#define WGMMA_R12(C, d) WGMMA_R8(C, d), WGMMA_4(C, d, 8)
 #define WGMMA_R16(C, d) WGMMA_S16(C, d, 0)
+#define WGMMA_R24(C, d) WGMMA_R16(C, d), WGMMA_4(C, d, 16), WGMMA_4(C, d, 20)
+#define WGMMA_R28(C, d) WGMMA_R16(C, d), WGMMA_4(C, d, 16), WGMMA_4(C, d, 20), WGMMA_4(C, d, 24)
 #define WGMMA_R32(C, d) WGMMA_R16(C, d), WGMMA_S16(C, d, 16)
 #define WGMMA_R48(C, d) WGMMA_R32(C, d), WGMMA_S16(C, d, 32)
 #define WGMMA_R64(C, d) WGMMA_R48(C, d), WGMMA_S16(C, d, 48)
@@ -172,42 +273,44 @@ DEVICE unsigned long long descriptor(unsigned address) {
                  : WGMMA_R##n(C, d)                                                              \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(TRANSPOSED))
 
-// wgmma(d, a, b): d += a b. wgmma_first(d, a, b): d = a b, the sums before do not matter, nor cost registers.
+// wgmma(d, a, b, add): d = a b + (add ? d : 0). wgmma_first(d, a, b): d = a b, the sums before do not matter, nor cost registers.
 // a is a descriptor or four registers, b a descriptor of [N, 16], or of [16, N] where TRANSPOSED.
-#define WGMMA(N, n, ss0, ss1, ss2, ss3, rs0, rs1, rs2, rs3)                                \
-    template <typename T, int TRANSPOSED = 0>                                              \
-    DEVICE void wgmma(float (&d)[n], unsigned long long a, unsigned long long b) {         \
-        const int add = 1;                                                                 \
-        if constexpr (is_same<T, __half>)                                                  \
-            WGMMA_SS(N, n, "+f", "f16", ss0, ss1, ss2, ss3);                               \
-        else                                                                               \
-            WGMMA_SS(N, n, "+f", "bf16", ss0, ss1, ss2, ss3);                              \
-    }                                                                                      \
-    template <typename T, int TRANSPOSED = 0>                                              \
-    DEVICE void wgmma_first(float (&d)[n], unsigned long long a, unsigned long long b) {   \
-        const int add = 0;                                                                 \
-        if constexpr (is_same<T, __half>)                                                  \
-            WGMMA_SS(N, n, "=f", "f16", ss0, ss1, ss2, ss3);                               \
-        else                                                                               \
-            WGMMA_SS(N, n, "=f", "bf16", ss0, ss1, ss2, ss3);                              \
-    }                                                                                      \
-    template <typename T, int TRANSPOSED = 0>                                              \
-    DEVICE void wgmma(float (&d)[n], const unsigned (&a)[4], unsigned long long b) {       \
-        const int add = 1;                                                                 \
-        if constexpr (is_same<T, __half>)                                                  \
-            WGMMA_RS(N, n, "+f", "f16", rs0, rs1, rs2, rs3);                               \
-        else                                                                               \
-            WGMMA_RS(N, n, "+f", "bf16", rs0, rs1, rs2, rs3);                              \
-    }                                                                                      \
-    template <typename T, int TRANSPOSED = 0>                                              \
-    DEVICE void wgmma_first(float (&d)[n], const unsigned (&a)[4], unsigned long long b) { \
-        const int add = 0;                                                                 \
-        if constexpr (is_same<T, __half>)                                                  \
-            WGMMA_RS(N, n, "=f", "f16", rs0, rs1, rs2, rs3);                               \
-        else                                                                               \
-            WGMMA_RS(N, n, "=f", "bf16", rs0, rs1, rs2, rs3);                              \
+#define WGMMA(N, n, ss0, ss1, ss2, ss3, rs0, rs1, rs2, rs3)                                       \
+    template <typename T, int TRANSPOSED = 0>                                                     \
+    DEVICE void wgmma(float (&d)[n], unsigned long long a, unsigned long long b, int add = 1) {   \
+        if constexpr (is_same<T, __half>)                                                         \
+            WGMMA_SS(N, n, "+f", "f16", ss0, ss1, ss2, ss3);                                      \
+        else                                                                                      \
+            WGMMA_SS(N, n, "+f", "bf16", ss0, ss1, ss2, ss3);                                     \
+    }                                                                                             \
+    template <typename T, int TRANSPOSED = 0>                                                     \
+    DEVICE void wgmma_first(float (&d)[n], unsigned long long a, unsigned long long b) {          \
+        const int add = 0;                                                                        \
+        if constexpr (is_same<T, __half>)                                                         \
+            WGMMA_SS(N, n, "=f", "f16", ss0, ss1, ss2, ss3);                                      \
+        else                                                                                      \
+            WGMMA_SS(N, n, "=f", "bf16", ss0, ss1, ss2, ss3);                                     \
+    }                                                                                             \
+    template <typename T, int TRANSPOSED = 0>                                                     \
+    DEVICE void wgmma(float (&d)[n], const unsigned (&a)[4], unsigned long long b, int add = 1) { \
+        if constexpr (is_same<T, __half>)                                                         \
+            WGMMA_RS(N, n, "+f", "f16", rs0, rs1, rs2, rs3);                                      \
+        else                                                                                      \
+            WGMMA_RS(N, n, "+f", "bf16", rs0, rs1, rs2, rs3);                                     \
+    }                                                                                             \
+    template <typename T, int TRANSPOSED = 0>                                                     \
+    DEVICE void wgmma_first(float (&d)[n], const unsigned (&a)[4], unsigned long long b) {        \
+        const int add = 0;                                                                        \
+        if constexpr (is_same<T, __half>)                                                         \
+            WGMMA_RS(N, n, "=f", "f16", rs0, rs1, rs2, rs3);                                      \
+        else                                                                                      \
+            WGMMA_RS(N, n, "=f", "bf16", rs0, rs1, rs2, rs3);                                     \
     }
+WGMMA(16, 8, "%8", "%9", "%10", "%11", "%8, %9, %10, %11", "%12", "%13", "%14")
+WGMMA(24, 12, "%12", "%13", "%14", "%15", "%12, %13, %14, %15", "%16", "%17", "%18")
 WGMMA(32, 16, "%16", "%17", "%18", "%19", "%16, %17, %18, %19", "%20", "%21", "%22")
+WGMMA(56, 28, "%28", "%29", "%30", "%31", "%28, %29, %30, %31", "%32", "%33", "%34")
+WGMMA(48, 24, "%24", "%25", "%26", "%27", "%24, %25, %26, %27", "%28", "%29", "%30")
 WGMMA(64, 32, "%32", "%33", "%34", "%35", "%32, %33, %34, %35", "%36", "%37", "%38")
 WGMMA(96, 48, "%48", "%49", "%50", "%51", "%48, %49, %50, %51", "%52", "%53", "%54")
 WGMMA(128, 64, "%64", "%65", "%66", "%67", "%64, %65, %66, %67", "%68", "%69", "%70")

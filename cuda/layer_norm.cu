@@ -9,10 +9,12 @@
 static_assert(ROWS == 1 || GROUP <= WARP);
 
 extern "C" __global__ void __launch_bounds__(ROWS* GROUP)
-    layer_norm(const scalar_t* __restrict__ x, const scalar_t* __restrict__ gamma, const scalar_t* __restrict__ beta,
-               scalar_t* __restrict__ out, int rows, float eps) {
+    layer_norm(const scalar_t* x, const scalar_t* __restrict__ gamma, const scalar_t* __restrict__ beta, scalar_t* out,
+               int rows, float eps) {
     const int r = blockIdx.x * ROWS + threadIdx.x / GROUP;
     const bool inside = r < rows;
+    let_next_kernel_start();
+    wait_for_kernels_ahead();
     Row<C, VEC, GROUP> row;
     row.load_from(x + static_cast<size_t>(inside ? r : 0) * C);  // shuffles need every lane
     row.normalise(gamma, beta, eps);

@@ -14,6 +14,8 @@ extern "C" __global__ void __launch_bounds__(ROWS* GROUP)
     const int r = blockIdx.x * ROWS + threadIdx.x / GROUP;
     const bool inside = r < rows;
     const size_t at = static_cast<size_t>(inside ? r : 0) * C;
+    let_next_kernel_start();
+    wait_for_kernels_ahead();
     Row<C, VEC, GROUP> row, residual;
     row.load_from(y + at);
     residual.load_from(x + at);  // under way while the statistics are summed

@@ -163,16 +163,18 @@ struct Choose<false, A, B> {
 };
 
 extern "C" __global__ void __launch_bounds__(256)
-    patch_embed(const pixel_t* __restrict__ x, const float* __restrict__ affine, const scalar_t* __restrict__ weight,
+    patch_embed(const pixel_t* x, const float* __restrict__ affine, const scalar_t* __restrict__ weight,
                 const scalar_t* __restrict__ bias, const scalar_t* __restrict__ gamma,
-                const scalar_t* __restrict__ beta, const scalar_t* __restrict__ position, scalar_t* __restrict__ out,
-                int rows, int height, int width, int H, int W, float eps) {
+                const scalar_t* __restrict__ beta, const scalar_t* __restrict__ position, scalar_t* out, int rows,
+                int height, int width, int H, int W, float eps) {
     extern __shared__ __align__(16) unsigned char shared[];
     scalar_t* pixels = reinterpret_cast<scalar_t*>(shared);
     scalar_t* weights = pixels + TILE * STRIDE;
     float* sums = reinterpret_cast<float*>(weights + NP * (TENSOR ? STRIDE : K));
     const Image image = {x, affine, height, width, H, W};
 
+    let_next_kernel_start();
+    wait_for_kernels_ahead();
     if constexpr (CHUNKS == 1) load_weights(weights, weight, 0);
     for (int first = blockIdx.x * TILE; first < rows; first += gridDim.x * TILE) {
         const int mine = first + threadIdx.x % TILE;

@@ -12,13 +12,15 @@ static_assert(ROWS == 1 || GROUP <= WARP);
 static_assert(C % VEC == 0, "a pack must not straddle two tokens");
 
 extern "C" __global__ void __launch_bounds__(ROWS* GROUP)
-    patch_merge(const scalar_t* __restrict__ x, const scalar_t* __restrict__ gamma, const scalar_t* __restrict__ beta,
-                scalar_t* __restrict__ out, int rows, int H, int W, float eps) {
+    patch_merge(const scalar_t* x, const scalar_t* __restrict__ gamma, const scalar_t* __restrict__ beta, scalar_t* out,
+                int rows, int H, int W, float eps) {
     const int r = blockIdx.x * ROWS + threadIdx.x / GROUP;
     const bool inside = r < rows;
     const int W2 = (W + 1) / 2, H2 = (H + 1) / 2;
     const int w = 2 * (r % W2), h = 2 * (r / W2 % H2), b = r / W2 / H2;
 
+    let_next_kernel_start();
+    wait_for_kernels_ahead();
     Row<4 * C, VEC, GROUP> row;
     row.each([&](float (&pack)[VEC], int k) {
         const int part = k / C, y = h + part % 2, z = w + part / 2;  // column by column

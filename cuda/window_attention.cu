@@ -42,9 +42,9 @@ using Row = scalar_t[PITCH];
 DEVICE float inverse_norm(float sum_of_squares) { return 1.0f / fmaxf(sqrtf(sum_of_squares), 1e-12f); }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
-    window_attention(const scalar_t* __restrict__ qkv, const scalar_t* __restrict__ qkv_bias,
-                     const bias_t* __restrict__ position_bias, const float* __restrict__ logit_scale,
-                     scalar_t* __restrict__ out, int H, int W, int shift_h, int shift_w, int heads, float scale) {
+    window_attention(const scalar_t* qkv, const scalar_t* __restrict__ qkv_bias,
+                     const bias_t* __restrict__ position_bias, const float* __restrict__ logit_scale, scalar_t* out,
+                     int H, int W, int shift_h, int shift_w, int heads, float scale) {
     __shared__ __align__(16) scalar_t queries[16 * WARPS][PITCH];
     __shared__ __align__(16) scalar_t keys[STAGES][KEY_BLOCK][PITCH];
     __shared__ __align__(16) scalar_t values[STAGES][KEY_BLOCK][PITCH];
@@ -100,6 +100,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
             copy_strip(KV, block * BLOCK_STRIPS + i, nullptr, &keys[stage][i * 16], &values[stage][i * 16]);
     };
 
+    let_next_kernel_start();
+    wait_for_kernels_ahead();
     if constexpr (Q_TILES == 1 && STAGES * BLOCK_STRIPS == WARPS) {  // all at once, each warp the tokens of its queries
 #pragma unroll
         for (unsigned s = 0; s < STAGES; ++s) {

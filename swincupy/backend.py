@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from array_api_compat import array_namespace
 
+from swincupy import devices
 from swincupy import precision as precisions
 from swincupy.config import SwinConfig
 from swincupy.engine import Eager, is_out_of_memory
@@ -30,6 +31,8 @@ class Backend(Protocol):
     device, precision : str
     xp : module
         Array namespace of pixels and results.
+    takes_bytes : bool
+        Whether the engine normalises uint8 pixels itself.
     """
 
     @property
@@ -41,29 +44,32 @@ class Backend(Protocol):
     @property
     def xp(self) -> Any: ...
 
+    @property
+    def takes_bytes(self) -> bool: ...
+
     def engine(self, params: Mapping[str, np.ndarray], config: SwinConfig) -> Eager:
         """The forward pass over these parameters."""
 
     def pixels(self, x: Array) -> Array:
-        """Float pixels [B, C, H, W] of any library, for the engine."""
+        """Pixels of any library for the engine: floats [B, C, H, W], or uint8 [B, H, W, C] where it takes them."""
 
     def answer(self, asked: Any, y: Array) -> Array:
-        """A result of the engine in the library of the array that was asked with, NumPy for anything else."""
+        """A result of the engine in the library of the array that was asked with, NumPy for None."""
 
     def active(self, what: str = "model: x") -> contextlib.AbstractContextManager[Any]:
         """What calls of the engine, and work on its results, run in; errors say that it is about ``what``."""
 
 
-def backend(device: str | int | None, precision: str, *, graphs: bool = True) -> Backend:
-    """The backend of ``device`` ("cpu", "cuda", "cuda:N", N; None is "cpu") and ``precision``.
+def backend(device: str | int | None, precision: str | None, *, graphs: bool = True) -> Backend:
+    """The backend of ``device`` ("cpu", "cuda", "cuda:N", N; None: see `devices.default`) and ``precision``.
 
     Raises
     ------
     DeviceError
         The device or precision cannot be had here.
     """
-    name = "cpu" if device is None else f"cuda:{device}" if isinstance(device, int) else str(device)
-    p = precisions.of(precision)
+    p = precisions.of("fp32" if precision is None else precision)
+    name = devices.default(p) if device is None else f"cuda:{device}" if isinstance(device, int) else str(device)
     if name == "cpu":
         return Host(p)
     kind, _, number = name.partition(":")
@@ -77,6 +83,7 @@ class Host:
 
     device = "cpu"
     xp = np
+    takes_bytes = False
 
     def __init__(self, precision: precisions.Precision) -> None:
         if precision.name not in ("fp32", "fp64"):
@@ -90,7 +97,7 @@ class Host:
         return np.asarray(host(x), self._dtype)
 
     def answer(self, asked: Any, y: Array) -> Array:
-        if isinstance(asked, np.ndarray) or not is_float_array(asked):
+        if asked is None or isinstance(asked, np.ndarray):
             return y
         return array_namespace(asked).asarray(y, device=asked.device)
 
@@ -100,6 +107,8 @@ class Host:
 
 class Gpu:
     """A CUDA device: the kernels of ``cuda/`` and cuBLASLt through CuPy, replayed as CUDA graphs."""
+
+    takes_bytes = True
 
     def __init__(self, index: int, precision: precisions.Precision, *, graphs: bool = True) -> None:
         try:
@@ -127,14 +136,17 @@ class Gpu:
 
     def _engine(self, params: Mapping[str, np.ndarray], config: SwinConfig, scratch: Any) -> Eager | Graphs:
         from swincupy.engine import Graphs
-        from swincupy.ops.fused import Fused
+        from swincupy.ops import fused
 
-        ops = Fused(self._precision)
+        ops = fused.Fused(self._precision, constant_weights=True)
 
         def parameter(a: Array) -> Array:
             with self.xp.cuda.using_allocator(scratch.malloc):  # what is kept is of the right size
                 y = precisions.encode(self.xp.asarray(a), self._precision)
             return y.copy()
+
+        def normaliser(mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
+            return fused._affine(mean, std, config.in_chans, self._index)
 
         return (Graphs if self._graphs else Eager)(
             params,
@@ -144,6 +156,8 @@ class Gpu:
             exact=lambda a: self.xp.asarray(a, np.float32),
             prepare_bias=ops.position_bias,
             masks=False,  # the attention kernel has them
+            normaliser=normaliser,
+            packers={"pack_attention": ops.pack_attention, "pack_mlp": ops.pack_mlp},
             export=lambda y: precisions.decode(y, self._precision),
             settle=lambda: self.xp.cuda.get_current_stream().synchronize(),
         )
@@ -153,6 +167,7 @@ class Gpu:
 
         DLPack comes first: it has our stream wait for theirs.
         """
+        dtype = np.uint8 if is_byte_array(x) else np.float32
         if hasattr(x, "detach"):  # PyTorch
             x = x.detach()
         if "bfloat16" in str(x.dtype):  # not every library knows another's
@@ -163,8 +178,8 @@ class Gpu:
             elif hasattr(x, "__cuda_array_interface__"):
                 x = self.xp.asarray(x)
         if isinstance(x, self.xp.ndarray):
-            return self._here(x).astype(np.float32, copy=False)
-        x = np.asarray(x, np.float32)
+            return self._here(x).astype(dtype, copy=False)
+        x = np.asarray(x, dtype)
         return x if self._graphs else self.xp.asarray(x)  # a graph copies it into its own buffer
 
     def _here(self, x: Array) -> Array:
@@ -180,7 +195,7 @@ class Gpu:
         if isinstance(asked, self.xp.ndarray):
             return y
         with self.active():
-            if isinstance(asked, np.ndarray) or not is_float_array(asked):
+            if asked is None or isinstance(asked, np.ndarray):
                 return y.get()
             if hasattr(asked, "copy_to_host"):  # numba
                 from numba import cuda
@@ -219,6 +234,11 @@ def is_float_array(x: Any) -> bool:
     dtype = getattr(x, "dtype", None)
     # NumPy's names say the type whatever the byte order
     return dtype is not None and hasattr(x, "shape") and "float" in str(getattr(dtype, "name", dtype))
+
+
+def is_byte_array(x: Any) -> bool:
+    """Whether x is an array of any library that holds uint8."""
+    return hasattr(x, "shape") and str(getattr(x, "dtype", "")).rpartition(".")[2] == "uint8"
 
 
 def host(x: Any) -> np.ndarray:

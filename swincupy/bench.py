@@ -322,13 +322,14 @@ def _replayed(call: Callable[[], object], count: int = 20) -> float:
 @contextlib.contextmanager
 def _watched(measure: Callable[[str, str, int, int, Callable[[], object]], None]) -> Iterator[None]:
     """Within it, every launch that `swincupy.ops.fused` makes goes past ``measure``, too."""
-    from swincupy.ops import attention, fused
+    from swincupy.ops import attention, fused, fused_attention, fused_mlp
     from swincupy.ops import kernels as launchers
 
     def watch(name: str, launch: Callable[..., Array], operations: Callable[..., int]) -> Callable[..., Array]:
         def watched(*args: Any, **options: Any) -> Array:
             out = launch(*args, **options)
-            read = {a.data.ptr: a.nbytes for a in (*args, *options.values()) if hasattr(a, "nbytes")}
+            arrays = [b for a in (*args, *options.values()) for b in (a if isinstance(a, tuple) else (a,))]
+            read = {a.data.ptr: a.nbytes for a in arrays if hasattr(a, "nbytes")}
             shape = " ".join("x".join(map(str, a.shape)) for a in (args[0], out))
             detail = "+".join(k for k in ("gelu", "residual") if options.get(k) is not None and options[k] is not False)
             measure(
@@ -351,8 +352,16 @@ def _watched(measure: Callable[[str, str, int, int, Callable[[], object]], None]
     def scores(qkv: Array, qkv_bias: Array, position_bias: Array, out: Array) -> int:
         return int(4 * out.size * _tokens(position_bias))
 
+    def whole_mlp(x: Array, packed: Any, out: Array) -> int:
+        return int(2 * out.size // out.shape[-1] * packed.weights.size)
+
+    def whole_attention(x: Array, packed: Any, position_bias: Array, out: Array) -> int:
+        return int(2 * out.size // out.shape[-1] * packed.image.size + 4 * out.size * _tokens(position_bias))
+
     seams: list[tuple[Any, str, Callable[..., int]]] = [
         (fused, "gemm", product),
+        (fused_mlp, "mlp_block", whole_mlp),
+        (fused_attention, "attention_block", whole_attention),
         (attention, "window_attention", scores),
         (launchers, "patch_embed", embedding),
         *((launchers, name, none) for name in ("layer_norm", "layer_norm_residual", "patch_merge", "global_pool")),

@@ -60,7 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--model", default="demo", help="file, folder or published name (default: %(default)s)")
     model.add_argument("--preset", choices=("timm", "ms", "hf", "torchvision"), help="preprocessing of another source")
-    model.add_argument("--device", help='"cpu", "cuda" or "cuda:N" (default: what `swincupy doctor` says)')
+    device = '"cpu", "cuda" or "cuda:N" (default: a GPU where one can be used, else the CPU; see `swincupy doctor`)'
+    model.add_argument("--device", help=device)
     model.add_argument("--precision", default="fp32", help="(default: %(default)s)")
     model.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="(default: %(default)s)")
 
@@ -105,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--model", nargs="+", default=["swin_tiny"], help="architectures, or files (default: swin_tiny)")
     sub.add_argument("--batch", nargs="+", type=_positive, default=[1, 8, 32], help="(default: 1 8 32)")
     sub.add_argument("--precision", nargs="+", help="(default: fp16 on a GPU, fp32 on the CPU)")
-    sub.add_argument("--device", help='"cpu", "cuda" or "cuda:N" (default: what `swincupy doctor` says)')
+    sub.add_argument("--device", help=device)
     sub.add_argument(
         "--img-size", type=_size, metavar="PIXELS", help="one number, or HEIGHTxWIDTH (default: the model's)"
     )
@@ -152,8 +153,10 @@ def _classify(args: argparse.Namespace) -> int:
     paths = find_images(args.images, recursive=args.recursive)
     model = _load(args)
     bad: dict[int, str] = {}
-    batches = stream(paths, model.preprocess, args.batch_size, on_error=lambda i, e: bad.update({i: str(e)}))
-    found = (prediction for batch in batches for prediction in model.classify(batch, args.topk))
+    batches = stream(
+        paths, model.preprocess, args.batch_size, on_error=lambda i, e: bad.update({i: str(e)}), normalise=False
+    )
+    found = (prediction for batch in batches for prediction in model.classify(batch, args.topk, resize=False))
     report = []
     # stream leaves bad images out: ask for predictions first, then walk the paths that are known to be done
     done = 0
@@ -238,8 +241,8 @@ def _fill(journal: Any, paths: list[str], model: SwinTransformer, args: argparse
 
     done = 0
     with bar:
-        for batch in stream(todo, model.preprocess, args.batch_size, on_error=report):
-            rows = model.embed(batch, normalize=args.normalize, batch_size=args.batch_size)
+        for batch in stream(todo, model.preprocess, args.batch_size, on_error=report, normalise=False):
+            rows = model.embed(batch, normalize=args.normalize, batch_size=args.batch_size, resize=False)
             names: list[str] = []
             while len(names) < len(rows):
                 if done not in bad:
@@ -275,7 +278,7 @@ def _convert(args: argparse.Namespace) -> int:
             config = swincupy.SwinConfig.from_dict(json.loads(args.config.read_text(encoding="utf-8")))
         except (ValueError, TypeError, AttributeError) as error:
             raise InputError(f"convert: {args.config} must hold SwinConfig's fields as JSON; {error}") from error
-    model = swincupy.load(args.source, config=config)
+    model = swincupy.load(args.source, device="cpu", config=config)
     model.save(args.target)
     _complain(f"wrote {args.target}: {model.num_parameters:,} parameters, from {model.layout} layout")
     return 0
@@ -418,10 +421,9 @@ def _doctor(args: argparse.Namespace) -> int:
     for d in gpu["devices"]:
         memory = f"{d['memory'] / 2**30:.0f} GiB"
         print(f"GPU         {d['name']}, compute capability {d['compute']}, {memory}, driver {gpu['driver']}")
-    if not gpu["devices"]:
-        print(f"GPU         none, models run on the CPU: {gpu['reason']}")
-    if found["used"]:
-        print(f"used        device {found['used']['device']}, precision {found['used']['precision']}")
+    if not gpu["usable"]:
+        print(f"GPU         {'not used' if gpu['devices'] else 'none'}, models run on the CPU: {gpu['reason']}")
+    print(f"used        device {found['used']['device']}, precision {found['used']['precision']}")
     if check["ok"]:
         print(f"self-check  ok: the demo model classified an image in {check['milliseconds']} ms")
     else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import time
@@ -13,8 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from swincupy import devices
 from swincupy import precision as precisions
-from swincupy.errors import OutOfMemoryError
+from swincupy.devices import explain
 from swincupy.ops import reference
 
 
@@ -22,6 +22,7 @@ def report() -> dict[str, Any]:
     """Versions, BLAS and threads, GPU or the reason for none, what a model uses by default, and self-checks."""
     import swincupy
 
+    gpu = devices.find()
     packages = ("numpy", "array-api-compat", "safetensors", "pillow", "threadpoolctl", "tqdm", "huggingface_hub")
     return {
         "swincupy": swincupy.__version__,
@@ -30,10 +31,10 @@ def report() -> dict[str, Any]:
         "packages": {name: _version(name) for name in packages},
         "blas": _blas(),
         "cpus": os.cpu_count(),
-        "gpu": (gpu := _gpu()),
+        "gpu": gpu._asdict() | {"devices": [d._asdict() for d in gpu.devices]},
         "used": _used(),
         "self_check": _self_check(),
-        "gpu_check": _gpu_check() if gpu["devices"] else None,
+        "gpu_check": _gpu_check(gpu.usable[0]) if gpu.usable else None,
     }
 
 
@@ -52,51 +53,21 @@ def _blas() -> list[dict[str, Any]]:
     return [{k: p.get(k) for k in wanted} for p in threadpool_info() if p["user_api"] == "blas"]
 
 
-def _gpu() -> dict[str, Any]:
-    """The devices, or why there are none; ``broken`` says that there should be one."""
-    found: dict[str, Any] = {"cupy": None, "driver": None, "devices": [], "broken": False, "reason": None}
-    if importlib.util.find_spec("cupy") is None:
-        return found | {"reason": f"CuPy is not installed; {_INSTALL}"}
-    try:
-        import cupy
-    except Exception as error:  # a CUDA library that is missing or of another version fails in any way
-        return found | {"broken": True, "reason": f"CuPy cannot be imported: {explain(error)}"}
-    runtime = cupy.cuda.runtime
-    found["cupy"] = cupy.__version__
-    try:
-        driver = runtime.driverGetVersion()
-        found["driver"] = f"CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else None
-        devices = [runtime.getDeviceProperties(i) for i in range(runtime.getDeviceCount())]
-    except Exception as error:
-        if not found["driver"]:
-            return found | {"reason": "no NVIDIA driver is installed"}
-        # a driver without a GPU is no fault; one that is too old for this CuPy is
-        return found | {"broken": getattr(error, "status", 0) != _NO_DEVICE, "reason": explain(error)}
-    found["devices"] = [
-        {"name": d["name"].decode(), "compute": f"{d['major']}.{d['minor']}", "memory": d["totalGlobalMem"]}
-        for d in devices
-    ]
-    return found | {"reason": None if devices else "CUDA lists no device"}
-
-
-def _used() -> dict[str, str] | None:
+def _used() -> dict[str, str]:
     """Device and precision of a model loaded without options."""
-    import swincupy
+    from swincupy.backend import backend
 
-    try:
-        model = swincupy.load("demo")
-    except swincupy.SwincupyError:
-        return None  # the self-check says why
-    return {"device": model.device, "precision": model.precision}
+    chosen = backend(None, None)
+    return {"device": chosen.device, "precision": chosen.precision}
 
 
 def _self_check() -> dict[str, Any]:
-    """Load the demo model and classify a picture of noise: scores must be probabilities."""
+    """Load the demo model and classify a picture of noise on the CPU: scores must be probabilities."""
     import swincupy
 
     picture = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     try:
-        model = swincupy.load("demo")
+        model = swincupy.load("demo", device="cpu")
         start = time.perf_counter()
         scores = [p.score for p in model.classify(picture, topk=model.config.num_classes)[0]]
         took = time.perf_counter() - start
@@ -108,39 +79,6 @@ def _self_check() -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------- a GPU
-
-
-_INSTALL = 'pip install "swincupy[cuda13]", or "swincupy[cuda12]" for a driver of CUDA 12'
-_NO_DEVICE, _OLD_DRIVER, _MEMORY_ALLOCATION = 100, 35, 2  # cudaError_t
-
-#: Parts of what CuPy, NVRTC, nvmath and the driver say, and what it means for the user.
-_MEANINGS = (
-    (("common.cuh",), "the folder cuda/ of swincupy is incomplete; install swincupy again"),
-    (("cannot open source file", "could not open source file", "CUDA headers"),
-     f"CUDA's headers are missing; {_INSTALL}"),
-    (("NVRTC_ERROR_INVALID_OPTION", "--gpu-architecture", "no kernel image"),
-     "CuPy's CUDA is too old for this GPU; install a newer CuPy"),
-    (("libnvrtc", "nvrtc64", "nvrtc unavailable"), f"the compiler NVRTC is missing; {_INSTALL}"),
-    (("libcuda.", "nvcuda"), "the NVIDIA driver's library cannot be loaded; install the driver again"),
-    (("libcu", "CUDA_PATH"), f"a CUDA library is missing; {_INSTALL}"),
-)  # fmt: skip
-
-
-def explain(error: BaseException) -> str:
-    """An error of CUDA, CuPy or nvmath in words that a user can act on, and the error itself."""
-    said = " ".join(str(error).split()) or type(error).__name__
-    said = said if len(said) <= 400 else f"{said[:200]} ... {said[-190:]}"
-    status = getattr(error, "status", None)
-    if status == _OLD_DRIVER:
-        return f"the NVIDIA driver is too old for this CuPy's CUDA; update it, or {_INSTALL} ({said})"
-    if status == _NO_DEVICE:
-        return f"the driver shows no GPU; look at nvidia-smi and CUDA_VISIBLE_DEVICES ({said})"
-    if isinstance(error, (MemoryError, OutOfMemoryError)) or status == _MEMORY_ALLOCATION:
-        return f"the GPU's memory is full; look at nvidia-smi for who uses it ({said})"
-    for parts, meaning in _MEANINGS:
-        if any(part.lower() in said.lower() for part in parts):
-            return f"{meaning} ({said})"
-    return said
 
 
 class _Case(NamedTuple):
@@ -173,8 +111,15 @@ def _cases() -> list[_Case]:
     ]  # fmt: skip
 
 
-def _gpu_check() -> dict[str, Any]:
-    """Each operation on the first GPU against float64 on the CPU, and the demo model, in every precision it has."""
+def _gpu_check(index: int = 0) -> dict[str, Any]:
+    """Each operation on a GPU against float64 on the CPU, and the demo model, in every precision it has."""
+    import cupy
+
+    with cupy.cuda.Device(index):
+        return _checks(index)
+
+
+def _checks(index: int) -> dict[str, Any]:
     import swincupy
 
     start = time.perf_counter()
@@ -194,7 +139,7 @@ def _gpu_check() -> dict[str, Any]:
     def demo(name: str) -> tuple[float, float]:
         x = np.random.default_rng(0).standard_normal((2, 3, 32, 32), np.float32)
         want = swincupy.load("demo", device="cpu", precision="fp64")(x)
-        got = swincupy.load("demo", device="cuda:0", precision=name)(x)
+        got = swincupy.load("demo", device=index, precision=name)(x)
         return _distance(got, want), 5 * precisions.of(name).tolerance
 
     tried = []
@@ -205,10 +150,6 @@ def _gpu_check() -> dict[str, Any]:
             if len(checks) == 1 and not checks[0]["ok"]:  # nothing compiles or nothing runs: once is enough
                 return {"ok": False, "precisions": tried, "checks": checks, "seconds": _since(start)}
         check(f"the demo model in {name}", functools.partial(demo, name))
-    if not tried:
-        lowest = min(p.min_sm for p in precisions.PRECISIONS.values() if p.ctype) / 10
-        reason = f'the GPU must have compute capability {lowest} or newer; use device="cpu"'
-        checks.append({"name": "compute capability", "ok": False, "reason": reason})
     ok = all(c["ok"] for c in checks)
     return {"ok": ok, "precisions": tried, "checks": checks, "seconds": _since(start)}
 

@@ -9,7 +9,7 @@ import threading
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from swincupy.config import SwinConfig
 from swincupy.parameters import fold, plan
 
 Array = Any
+Floats: TypeAlias = tuple[float, ...]
+Normalise: TypeAlias = tuple[Floats, Floats]  # mean and standard deviation of each channel, on the scale 0..1
 
 _PLANS = 8  # input sizes whose masks and biases are kept
 
@@ -41,6 +43,11 @@ class Eager:
         Takes a result to the dtype in which it is given out.
     settle : callable
         Waits until weights and plans that were just made are where they belong, for calls on any stream.
+    normaliser : callable
+        (mean, std) -> what ``ops.patch_embed`` keeps of them, which is made before it is needed: graphs share it,
+        so that it must not lie in the memory of one.
+    packers : mapping, optional
+        ``pack_attention`` and ``pack_mlp`` of `parameters.fold`.
     """
 
     def __init__(
@@ -55,24 +62,38 @@ class Eager:
         masks: bool = True,
         export: Callable[[Array], Array] = lambda y: y,
         settle: Callable[[], object] = lambda: None,
+        normaliser: Callable[[Floats, Floats], Any] = lambda mean, std: None,
+        packers: Mapping[str, Callable[..., Any]] | None = None,
     ) -> None:
         self.config, self.ops, self._export, self._settle = config, ops, export, settle
-        self.weights = fold(params, config, convert, exact)
+        self.weights = fold(params, config, convert, exact, **(packers or {}))
         settle()
         self._plan_options: dict[str, Any] = {"convert": convert, "prepare_bias": prepare_bias, "masks": masks}
         self._plans: OrderedDict[tuple[int, int], Any] = OrderedDict()
+        self._normaliser, self._normalised = normaliser, dict[Normalise, Any]()
         self._lock = threading.Lock()
 
-    def run(self, what: Callable[..., Any], pixels: Array, **options: Any) -> Any:
-        """``what`` of `forward` (logits, embed, features) for pixels [B, C, H, W]."""
-        y = self._forward(what, pixels.shape, options)(pixels)
+    def run(self, what: Callable[..., Any], pixels: Array, normalise: Normalise | None = None, **options: Any) -> Any:
+        """``what`` of `forward` (logits, embed, features).
+
+        ``pixels`` are floats [B, C, H, W], or uint8 [B, H, W, C] with the mean and deviation to normalise them with.
+        """
+        y = self._forward(what, pixels.shape, options, normalise)(pixels)
         return [self._export(z) for z in y] if isinstance(y, list) else self._export(y)
 
     def _forward(
-        self, what: Callable[..., Any], shape: tuple[int, ...], options: Mapping[str, Any]
+        self,
+        what: Callable[..., Any],
+        shape: tuple[int, ...],
+        options: Mapping[str, Any],
+        normalise: Normalise | None = None,
     ) -> Callable[[Array], Any]:
         """``what`` for pixels of a shape; holds all that it reads, and not the engine."""
-        block, plan = forward.BLOCK[self.config.version], self.plan(*shape[2:])
+        block = forward.BLOCK[self.config.version]
+        if normalise is None:
+            plan = self.plan(*shape[2:])
+        else:
+            plan = {**self.plan(*shape[1:3]), **self._normalisation(normalise)}
         return functools.partial(what, w=self.weights, plan=plan, block=block, ops=self.ops, **options)
 
     def plan(self, height: int, width: int) -> Any:
@@ -88,9 +109,18 @@ class Eager:
                 self._plans.popitem(last=False)
         return found
 
+    def _normalisation(self, normalise: Normalise) -> dict[str, Any]:
+        """What a plan has besides for bytes: the options of ``patch_embed``, and what these read."""
+        with self._lock:
+            if normalise not in self._normalised:
+                self._normalised[normalise] = self._normaliser(*normalise)
+                self._settle()
+            mean, std = normalise
+            return {"normalise": {"mean": mean, "std": std}, "held": self._normalised[normalise]}
+
 
 class Graphs(Eager):
-    """Runs the forward pass as CUDA graphs, one for each input shape and kind of output.
+    """Runs the forward pass as CUDA graphs, one for each shape and kind of input and kind of output.
 
     The first call of a shape compiles, warms up and captures; later ones copy the input into the
     graph's own buffer, replay, and copy the result out. A graph's memory is its own. Batches are
@@ -111,27 +141,34 @@ class Graphs(Eager):
         self._replays: OrderedDict[Any, _Replay] = OrderedDict()
         self._capturing = threading.Lock()
 
-    def run(self, what: Callable[..., Any], pixels: Array, **options: Any) -> Any:
+    def run(self, what: Callable[..., Any], pixels: Array, normalise: Normalise | None = None, **options: Any) -> Any:
         """As `Eager.run`; ``pixels`` is an array on the host or on the device."""
         try:
-            return self._replay(what, pixels.shape, options)(pixels, self._export)
+            return self._replay(what, pixels.shape, options, normalise)(pixels, self._export)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             traceback.clear_frames(error.__traceback__)  # they hold what was allocated so far
         self.clear()
-        return self._replay(what, pixels.shape, options)(pixels, self._export)
+        return self._replay(what, pixels.shape, options, normalise)(pixels, self._export)
 
-    def _replay(self, what: Callable[..., Any], shape: tuple[int, ...], options: Mapping[str, Any]) -> _Replay:
+    def _replay(
+        self,
+        what: Callable[..., Any],
+        shape: tuple[int, ...],
+        options: Mapping[str, Any],
+        normalise: Normalise | None,
+    ) -> _Replay:
         """The graph for a call, captured where it is new."""
         shape = (bucket(shape[0]), *shape[1:])
-        key = (what, tuple(sorted(options.items())), shape)
+        key = (what, tuple(sorted(options.items())), shape, normalise)
         if (found := self._find(key)) is not None:
             return found
         with self._capturing:  # one at a time: each fills the memory that it will own
             if (found := self._find(key)) is not None:
                 return found
-            replay = _Replay(self._forward(what, shape, options), shape)
+            run = self._forward(what, shape, options, normalise)
+            replay = _Replay(run, shape, np.float32 if normalise is None else np.uint8)
             with self._lock:
                 self._replays[key] = replay
                 oldest = [self._replays.popitem(last=False) for _ in range(len(self._replays) - self._capacity)]
@@ -168,7 +205,7 @@ def bucket(batch: int) -> int:
 class _Replay:
     """One captured forward pass: its graph, its memory, its input and its outputs."""
 
-    def __init__(self, run: Callable[[Array], Any], shape: tuple[int, ...]) -> None:
+    def __init__(self, run: Callable[[Array], Any], shape: tuple[int, ...], dtype: Any = np.float32) -> None:
         import cupy
 
         self._run = run  # holds the weights and the plan that the graph reads
@@ -184,7 +221,7 @@ class _Replay:
 
         self._pool = cupy.cuda.MemoryPool(allocate)
         with self._stream, cupy.cuda.using_allocator(self._pool.malloc):
-            self._input = cupy.zeros(shape, np.float32)
+            self._input = cupy.zeros(shape, dtype)
             run(self._input)  # compiles kernels, chooses algorithms, and leaves its memory in the pool
             self._stream.synchronize()
             held = self._pool.total_bytes()

@@ -27,8 +27,12 @@ BLOCK = {1: block_v1, 2: block_v2}
 
 
 def stages(x: Array, w: dict[str, Any], plan: dict[str, Any], block: Any, ops: Any) -> Iterator[Array]:
-    """Feature map of each stage, [B, H_i, W_i, C_i], before its patch merging. x [B, Cin, Hpx, Wpx]."""
-    z = ops.patch_embed(x, **w["patch_embed"], position_embedding=plan["position_embedding"])  # [B, H, W, C]
+    """Feature map of each stage, [B, H_i, W_i, C_i], before its patch merging.
+
+    x [B, Cin, Hpx, Wpx], or bytes [B, Hpx, Wpx, Cin], whose mean and std are then the plan's ``normalise``.
+    """
+    pixels = {"position_embedding": plan["position_embedding"], **plan.get("normalise", {})}
+    z = ops.patch_embed(x, **w["patch_embed"], **pixels)  # [B, H, W, C]
     for stage, grids in zip(w["stages"], plan["stages"], strict=True):
         for weights, grid in zip(stage["blocks"], grids, strict=True):
             z = block(z, weights, grid, ops)

@@ -63,8 +63,8 @@ class Kernel:
         For what a launch does not need: ``num_regs``, ``local_size_bytes``, ...
     """
 
-    def __init__(self, name: str, raw: Any, parameters: tuple[Parameter, ...], device: int) -> None:
-        self.name, self.raw, self.parameters, self.device = name, raw, parameters, device
+    def __init__(self, name: str, raw: Any, parameters: tuple[Parameter, ...], device: int, early: bool) -> None:
+        self.name, self.raw, self.parameters, self.device, self._early = name, raw, parameters, device, early
         self._shared = _SHARED_DEFAULT
 
     def __call__(
@@ -73,7 +73,7 @@ class Kernel:
         block: int | tuple[int, ...],
         *args: Any,
         shared: int = 0,
-        overlap: bool = False,
+        overlap: bool = True,
     ) -> None:
         """Launch on CuPy's current stream.
 
@@ -86,8 +86,9 @@ class Kernel:
         shared : int
             Bytes of dynamic shared memory.
         overlap : bool
-            The kernel waits by itself for those ahead of it (``wait_for_kernels_ahead`` of cuda/hopper.cuh):
-            it may start before they are done. Where that cannot be asked for, it starts after them.
+            The kernel may start before those ahead of it are done, for which it waits by itself; not where
+            what it reads before that wait may be their work. SM 9.0 and newer, with cuda-bindings; else it
+            starts after them in any case.
 
         Raises
         ------
@@ -101,7 +102,7 @@ class Kernel:
         cast = tuple([self._cast(p, a) for p, a in zip(self.parameters, args, strict=True)])
         if shared > self._shared:
             self._allow(shared)
-        if overlap and _driver() is not None:
+        if overlap and self._early:
             self._launch_early(_triple(grid), _triple(block), cast, shared)
         else:
             self.raw(_triple(grid), _triple(block), cast, shared_mem=shared)
@@ -204,7 +205,8 @@ def _build(name: str, constants: dict[str, Constant], arch: str | None) -> Kerne
     except cupy.cuda.compiler.CompileException as error:
         sm = cupy.cuda.Device().compute_capability
         raise DeviceError(f"{name}: kernel must compile for SM {sm} with {constants}, got {error}") from error
-    return Kernel(name, raw, parameters(name, constants), cupy.cuda.device.get_device_id())
+    early = "wait_for_kernels_ahead();" in _read(f"{name}.cu") and compute_capability() >= 90 and _driver() is not None
+    return Kernel(name, raw, parameters(name, constants), cupy.cuda.device.get_device_id(), early)
 
 
 def compute_capability() -> int:
@@ -310,7 +312,7 @@ def parameters(name: str, constants: dict[str, Constant]) -> tuple[Parameter, ..
     """Parameters of the kernel, read from its ``extern "C" __global__`` line."""
     text = re.sub(r"//[^\n]*|/\*.*?\*/", " ", _read(f"{name}.cu"), flags=re.S)
     found = re.search(
-        rf'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\((?:[^()]|\([^()]*\))*\)\s*)?{name}\s*\(([^)]*)\)',
+        rf'extern\s+"C"\s+__global__\s+void\s+(?:__\w+__\s*\((?:[^()]|\([^()]*\))*\)\s*)*{name}\s*\(([^)]*)\)',
         text,
     )
     if found is None:

@@ -76,6 +76,8 @@ def fold(
     config: SwinConfig,
     convert: Callable[[Array], Array],
     exact: Callable[[Array], Array] | None = None,
+    pack_attention: Callable[..., Any] = lambda weights, **options: None,
+    pack_mlp: Callable[..., Any] = lambda weights, **options: None,
 ) -> Weights:
     """Nest flat parameters into one dictionary of arguments for each operation of the forward pass.
 
@@ -88,6 +90,8 @@ def fold(
         Takes a parameter to the dtype and device of the model.
     exact : callable, optional
         The same for the few numbers that shall not be rounded to 16 bits, V2's logit scales.
+    pack_attention, pack_mlp : callable
+        Take a block's weights on the host to what its operations accept as ``packed`` besides them, or to None.
 
     Returns
     -------
@@ -104,37 +108,48 @@ def fold(
     def layer_norm(name: str, prefix: str = "", eps: float = c.norm_eps) -> Weights:
         return {f"{prefix}weight": get(f"{name}.weight"), f"{prefix}bias": get(f"{name}.bias"), "eps": eps}
 
-    def qkv_bias(attn: str) -> Array:
-        if c.version == 1 or not c.qkv_bias:
-            return get(f"{attn}.qkv.bias")
-        q, v = np.asarray(params[f"{attn}.q_bias"]), np.asarray(params[f"{attn}.v_bias"])
-        return convert(np.concatenate([q, np.zeros_like(q), v]))  # V2's keys have no bias
+    def given(names: Mapping[str, str]) -> dict[str, np.ndarray | None]:
+        return {k: np.asarray(params[name]) if name in params else None for k, name in names.items()}
+
+    def packed(made: Any) -> Weights:
+        return {} if made is None else {"packed": made}
 
     def block(i: int, j: int) -> Weights:
         name = f"layers.{i}.blocks.{j}"
-        attn = layer_norm(f"{name}.norm1", "norm_") | {
-            "qkv_weight": get(f"{name}.attn.qkv.weight"),
-            "qkv_bias": qkv_bias(f"{name}.attn"),
-            "proj_weight": get(f"{name}.attn.proj.weight"),
-            "proj_bias": get(f"{name}.attn.proj.bias"),
-            "num_heads": c.num_heads[i],
-        }
+        raw = given(
+            {
+                "norm_weight": f"{name}.norm1.weight", "norm_bias": f"{name}.norm1.bias",
+                "qkv_weight": f"{name}.attn.qkv.weight", "qkv_bias": f"{name}.attn.qkv.bias",
+                "proj_weight": f"{name}.attn.proj.weight", "proj_bias": f"{name}.attn.proj.bias",
+            }
+        )  # fmt: skip
+        if c.version == 2 and c.qkv_bias:
+            q, v = (np.asarray(params[f"{name}.attn.{part}_bias"]) for part in "qv")
+            raw["qkv_bias"] = np.concatenate([q, np.zeros_like(q), v])  # V2's keys have no bias
+        attn: Weights = {k: None if v is None else convert(v) for k, v in raw.items()}
+        attn |= {"eps": c.norm_eps, "num_heads": c.num_heads[i]}
+        scale = None
         if c.version == 1:
             position = {"table": params[f"{name}.attn.relative_position_bias_table"]}
         else:
             stored = np.asarray(params[f"{name}.attn.logit_scale"], dtype=np.float64).reshape(-1)
-            attn["logit_scale"] = (exact or convert)(np.exp(np.minimum(stored, math.log(100.0))))
+            scale = np.exp(np.minimum(stored, math.log(100.0)))
+            attn["logit_scale"] = (exact or convert)(scale)
             position = {
                 "fc1_weight": params[f"{name}.attn.cpb_mlp.0.weight"],
                 "fc1_bias": params[f"{name}.attn.cpb_mlp.0.bias"],
                 "fc2_weight": params[f"{name}.attn.cpb_mlp.2.weight"],
             }
-        mlp = layer_norm(f"{name}.norm2", "norm_") | {
-            "fc1_weight": get(f"{name}.mlp.fc1.weight"),
-            "fc1_bias": get(f"{name}.mlp.fc1.bias"),
-            "fc2_weight": get(f"{name}.mlp.fc2.weight"),
-            "fc2_bias": get(f"{name}.mlp.fc2.bias"),
-        }
+        attn |= packed(pack_attention(raw, num_heads=c.num_heads[i], logit_scale=scale))
+        raw = given(
+            {
+                "norm_weight": f"{name}.norm2.weight", "norm_bias": f"{name}.norm2.bias",
+                "fc1_weight": f"{name}.mlp.fc1.weight", "fc1_bias": f"{name}.mlp.fc1.bias",
+                "fc2_weight": f"{name}.mlp.fc2.weight", "fc2_bias": f"{name}.mlp.fc2.bias",
+            }
+        )  # fmt: skip
+        mlp: Weights = {k: None if v is None else convert(v) for k, v in raw.items()}
+        mlp |= {"eps": c.norm_eps} | packed(pack_mlp(raw, post_norm=c.version == 2))
         return {"attn": attn, "mlp": mlp, "position": position}
 
     def merge(i: int) -> Weights | None:

@@ -13,7 +13,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Preset: TypeAlias = Literal["timm", "ms", "hf", "torchvision"]
+_T = TypeVar("_T", bound=np.generic)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -59,6 +60,8 @@ _THREADS = min(4, os.cpu_count() or 1)  # decoding releases the interpreter's lo
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
     """How images become the model's input: ``(crop(resize(image)) / 255 - mean) / std``, float32 [B, C, H, W].
+
+    Calling it does all of that; `crops` and `normalise` are its two halves, with bytes between them.
 
     Parameters
     ----------
@@ -146,31 +149,50 @@ class Preprocess:
         InputError
             Nothing was given, or something that is no image; the message names it.
         """
-        batch = [self.pixels(image, name) for image, name in _each(images)]
-        if not batch:
-            raise InputError("preprocess: images must hold at least one image, got none")
-        return np.stack(batch)
+        return _stacked(self.pixels(image, name) for image, name in _each(images))
+
+    def crops(self, images: Any) -> NDArray[np.uint8]:
+        """As `__call__`, without the last step: images resized and cropped, uint8 [B, H, W, C]."""
+        return _stacked(self.crop(image, name) for image, name in _each(images))
+
+    def normalise(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """The last step: uint8 [B, H, W, C] of any size -> ``(x / 255 - mean) / std``, float32 [B, C, H, W]."""
+        if crops.ndim != 4 or crops.shape[3] != self.channels:
+            raise InputError(
+                f"preprocess: crops must be uint8 [B, H, W, {self.channels}], got shape {tuple(crops.shape)}"
+            )
+        return _stacked(map(self._normalise, crops))
 
     def pixels(self, image: Any, name: str = "image") -> NDArray[np.float32]:
         """One image as normalised pixels [C, H, W]; ``name`` stands for it in error messages."""
+        return self._normalise(self.crop(image, name))
+
+    def crop(self, image: Any, name: str = "image") -> NDArray[np.uint8]:
+        """One image, resized and cropped, as uint8 [H, W, C]; ``name`` stands for it in error messages."""
         loaded = load_image(image, self.mode, name)
-        return self._normalise(np.asarray(_crop(self._resized(loaded, name), self.size)))
+        return np.asarray(_crop(self._resized(loaded, name), self.size)).reshape(*self.size, self.channels)
+
+    def keeps(self, height: int, width: int) -> bool:
+        """Whether images of this size are neither resized nor cropped."""
+        return (height, width) == self.size == self._resized_to(height, width)
+
+    def _resized_to(self, height: int, width: int) -> Pair:
+        """The size that an image is resized to before its centre is cut out."""
+        to = self.resize_size
+        if self.resize == "none":
+            return height, width
+        if self.resize == "squash":
+            return pair(to, "resize_size")  # type: ignore[arg-type]
+        if isinstance(to, int):  # torchvision's Resize: the longer side is rounded down
+            return (int(to * height / width), to) if width <= height else (to, int(to * width / height))
+        ratio = min(height / to[0], width / to[1])  # type: ignore[index]
+        return round(height / ratio), round(width / ratio)
 
     def _resized(self, image: Image, name: str) -> Image:
         from PIL import Image as pil
 
-        if self.resize == "none":
-            return image
         width, height = image.size
-        to = self.resize_size
-        if self.resize == "squash":
-            h, w = pair(to, "resize_size")  # type: ignore[arg-type]
-        elif isinstance(to, int):
-            # torchvision's Resize: the longer side is rounded down
-            h, w = (int(to * height / width), to) if width <= height else (to, int(to * width / height))
-        else:
-            ratio = min(height / to[0], width / to[1])  # type: ignore[index]
-            h, w = round(height / ratio), round(width / ratio)
+        h, w = self._resized_to(height, width)
         if (w, h) == image.size:
             return image
         if w * h > _MAX_PIXELS:
@@ -181,13 +203,12 @@ class Preprocess:
         return image.resize((w, h), pil.Resampling[self.interpolation.upper()])
 
     def _normalise(self, image: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Uint8 [H, W] or [H, W, C] -> float32 [C, H, W], through a table of the 256 values of each channel."""
-        planes = image.reshape(*image.shape[:2], self.channels)
+        """Uint8 [H, W, C] -> float32 [C, H, W], through a table of the 256 values of each channel."""
         scaled = np.arange(256, dtype=np.float32) / np.float32(255)
         out = np.empty((self.channels, *image.shape[:2]), np.float32)
         for c in range(self.channels):
             table = (scaled - np.float32(self.mean[c])) / np.float32(self.std[c])
-            np.take(table, planes[..., c], out=out[c], mode="clip")
+            np.take(table, image[..., c], out=out[c], mode="clip")
         return out
 
 
@@ -315,7 +336,8 @@ def stream(
     batch_size: int,
     *,
     on_error: Callable[[int, InputError], None] | None = None,
-) -> Iterator[NDArray[np.float32]]:
+    normalise: bool = True,
+) -> Iterator[NDArray[Any]]:
     """Normalised pixels in batches [<= batch_size, C, H, W], in order, decoded ahead of their use.
 
     A few threads decode while the caller computes. At most two batches are held, so an endless iterable
@@ -330,6 +352,8 @@ def stream(
     on_error : callable, optional
         Called with the index and the error of an image that cannot be used, which is then left out. Without
         it the error is raised.
+    normalise : bool
+        False yields bytes [<= batch_size, H, W, C], resized and cropped; see `Preprocess.crops`.
 
     Raises
     ------
@@ -338,15 +362,16 @@ def stream(
     """
     if batch_size < 1:
         raise InputError(f"stream: batch_size must be at least 1, got {batch_size}")
-    pending: deque[Future[NDArray[np.float32]]] = deque()
-    batch: list[NDArray[np.float32]] = []
+    pending: deque[Future[NDArray[Any]]] = deque()
+    batch: list[NDArray[Any]] = []
     index = 0
+    prepare: Callable[[Any, str], NDArray[Any]] = preprocess.pixels if normalise else preprocess.crop
     pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="swincupy-decode")
     try:
         todo = _each(images)
         while True:
             while len(pending) < batch_size + _THREADS and (item := next(todo, None)) is not None:
-                pending.append(pool.submit(preprocess.pixels, *item))
+                pending.append(pool.submit(prepare, *item))
             if not pending:
                 break
             try:
@@ -363,6 +388,13 @@ def stream(
             yield np.stack(batch)
     finally:  # also when the caller stops early
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _stacked(batch: Iterable[NDArray[_T]]) -> NDArray[_T]:
+    arrays = list(batch)
+    if not arrays:
+        raise InputError("preprocess: images must hold at least one image, got none")
+    return np.stack(arrays)
 
 
 def _each(images: Any) -> Iterator[tuple[Any, str]]:

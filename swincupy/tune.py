@@ -227,7 +227,7 @@ def _measure(key: Problem) -> tuple[Choice, float, float]:
     import numpy as np
 
     from swincupy import precision as precisions
-    from swincupy.ops import cutlass, gemm
+    from swincupy.ops import cutlass, gemm, wgmma
 
     p = precisions.of(key.precision)
     rng = np.random.default_rng(0)
@@ -240,7 +240,7 @@ def _measure(key: Problem) -> tuple[Choice, float, float]:
         array(True, key.M, key.K), array(True, key.N, key.K), array(key.bias, key.N),
         array(key.residual, key.M, key.N), array(True, key.M, key.N),
     )  # fmt: skip
-    choices = gemm.choices(key, 64, gemm.TILES + cutlass.TILES)
+    choices = gemm.choices(key, 64, gemm.TILES + wgmma.TILES + cutlass.TILES)
     first = gemm.search(key, choices, arrays)
     if not first:
         raise DeviceError(f"tune: no algorithm runs {key}")
@@ -275,7 +275,7 @@ def environment(device: int) -> str:
 
     name = cupy.cuda.runtime.getDeviceProperties(device)["name"].decode()
     driver, library = cupy.cuda.runtime.driverGetVersion(), bindings().get_version()
-    kernels = " ".join(jit.include_hash(f"{kernel}.cu")[:12] for kernel in ("gemm", "cutlass_gemm"))
+    kernels = " ".join(jit.include_hash(f"{kernel}.cu")[:12] for kernel in ("gemm", "wgmma_gemm", "cutlass_gemm"))
     return f"{name} | driver {driver} | cuBLASLt {library} | kernels {kernels}"
 
 
@@ -394,16 +394,16 @@ def _key(p: Problem) -> str:
     return f"{p.M} x {p.N} x {p.K} {p.precision} {p.epilogue}"
 
 
-def _encode(choice: Choice) -> str | list[int]:
-    return choice.hex() if isinstance(choice, bytes) else list(choice)  # a tile's kernel shows in its length
+def _encode(choice: Choice) -> str | list[Any]:
+    return choice.hex() if isinstance(choice, bytes) else list[Any](choice)  # a tile's kernel shows in its length
 
 
 def _decode(stored: Any) -> Choice:
-    from swincupy.ops import cutlass, gemm
+    from swincupy.ops import cutlass, gemm, wgmma
 
     if isinstance(stored, str):
         return bytes.fromhex(stored)
-    for tile in gemm.TILES + cutlass.TILES:
+    for tile in gemm.TILES + wgmma.TILES + cutlass.TILES:
         if list(tile) == stored:
             return tile
     raise ValueError(f"no such tile: {stored}")
@@ -434,7 +434,8 @@ def table(results: Sequence[Result]) -> str:
         s = r.shape
         backend = "cuBLASLt"
         if not isinstance(r.choice, bytes):
-            backend = f"{'kernel' if len(r.choice) == 5 else 'CUTLASS'} {'x'.join(map(str, r.choice))}"
+            kernel = {5: "kernel", 6: "wgmma"}.get(len(r.choice), "CUTLASS")
+            backend = f"{kernel} {'x'.join(str(n) for n in r.choice if n != kernel)}"
         lines.append(
             f"{s.name:<14}{f'{s.M} x {s.N} x {s.K}':>22}  {s.epilogue:<14}{r.microseconds:>9.1f}{r.tflops:>9.0f}"
             f"{r.guess:>10.1f}  {backend}"

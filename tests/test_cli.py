@@ -429,7 +429,7 @@ def test_doctor(run):
     found = json.loads(out)
     assert code == 0 and found["self_check"]["ok"] and found["used"] == {"device": "cpu", "precision": "fp32"}
     assert found["packages"]["numpy"] == np.__version__
-    assert (found["gpu"]["devices"] == []) == bool(found["gpu"]["reason"])
+    assert (found["gpu"]["usable"] == []) == bool(found["gpu"]["reason"])
 
 
 def test_doctor_says_what_is_broken(run, monkeypatch, tmp_path):
@@ -438,7 +438,7 @@ def test_doctor_says_what_is_broken(run, monkeypatch, tmp_path):
     monkeypatch.setattr(registry, "_manifest", lambda: manifest)
     monkeypatch.setattr(registry, "resource_dir", lambda name: tmp_path)
     code, out, err = run("doctor")
-    assert code == 1 and "self-check failed" in one_line(err) and "used" not in out
+    assert code == 1 and "self-check failed" in one_line(err) and "self-check" not in out
     assert json.loads(run("doctor", "--json")[1])["self_check"]["ok"] is False
 
 

@@ -14,7 +14,7 @@ import pytest
 from swincupy import jit
 from swincupy import precision as precisions
 from swincupy.errors import DeviceError
-from swincupy.ops import cutlass
+from swincupy.ops import cutlass, tensor_maps
 
 
 class Driver(types.ModuleType):
@@ -63,16 +63,16 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     bindings.driver = driver  # type: ignore[attr-defined]
     for name, module in {"cuda.bindings": bindings, "cuda.bindings.driver": driver}.items():
         monkeypatch.setitem(sys.modules, name, module)
-    cutlass._tensor_map.cache_clear()
+    tensor_maps._tensor_map.cache_clear()
     yield driver
-    cutlass._tensor_map.cache_clear()
+    tensor_maps._tensor_map.cache_clear()
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("fp16", np.uint16), ("tf32", np.float32)])
 def test_rows(driver: Driver, name: str, dtype: Any) -> None:
     a = np.arange(1, 1 + 100 * 104).reshape(100, 104).astype(dtype)
     width = 128 // a.itemsize
-    made = cutlass.rows(4096, 100, 104, name, 64)
+    made = tensor_maps.rows(4096, 100, 104, name, 64)
     assert made.size == 1 and made.nbytes == 128
     padded = np.zeros((128, 256), dtype)
     padded[:100, :104] = a
@@ -83,7 +83,7 @@ def test_rows(driver: Driver, name: str, dtype: Any) -> None:
 def test_permuted_rows(driver: Driver, name: str, dtype: Any) -> None:
     """What a thread has of each 32 rows, 8 j + 2 i + e for j < 4, e < 2, are rows 8 i to 8 i + 7."""
     w = np.arange(1, 1 + 160 * 72).reshape(160, 72).astype(dtype)
-    cutlass.permuted_rows(4096, 160, 72, name, 96)
+    tensor_maps.permuted_rows(4096, 160, 72, name, 96)
     got = driver.fetch(w, 0, 0, 0, 0, 96 // 32)
     padded = np.zeros((192, 128 // w.itemsize), dtype)
     padded[:160, : min(72, padded.shape[1])] = w[:, : padded.shape[1]]
@@ -92,14 +92,14 @@ def test_permuted_rows(driver: Driver, name: str, dtype: Any) -> None:
 
 
 def test_maps_are_made_once(driver: Driver) -> None:
-    assert cutlass.rows(4096, 8, 64, "fp16", 64) is cutlass.rows(4096, 8, 64, "fp16", 64)
+    assert tensor_maps.rows(4096, 8, 64, "fp16", 64) is tensor_maps.rows(4096, 8, 64, "fp16", 64)
     assert len(driver.asked) == 1
 
 
 def test_a_map_that_the_driver_refuses(driver: Driver) -> None:
     driver.status = 1
     with pytest.raises(DeviceError, match="tensor map"):
-        cutlass.rows(4096, 8, 64, "fp16", 64)
+        tensor_maps.rows(4096, 8, 64, "fp16", 64)
 
 
 def test_a_launch(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,12 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import swincupy
-from swincupy import engine, forward
+import swincupy.model as model_module
+from swincupy import cli, engine, forward
 from swincupy.config import SwinConfig
 from swincupy.errors import InputError, OutOfMemoryError
+from swincupy.ops import fused
 from swincupy.parameters import parameter_shapes
+from swincupy.preprocess import Preprocess
 from tests.host import device, emulator
 from tests.parity import recipe
 
@@ -85,11 +89,214 @@ def test_graphs_are_bitwise_what_eager_is(name: str) -> None:
             np.testing.assert_array_equal(graphs(x), eager(x))
 
 
+# ------------------------------------------------------------------ pictures
+
+
+def pictures(n: int, size: tuple[int, int] = (20, 30), channels: int = 3, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (n, *size, channels), np.uint8)
+
+
 def test_uint8_images_and_classify() -> None:
-    pictures = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), np.uint8)
-    model, want = make(), exact()
-    for got, expected in zip(model.classify(pictures, topk=3), want.classify(pictures, topk=3), strict=True):
+    model, want, x = make(), exact(), pictures(3)
+    for got, expected in zip(model.classify(x, topk=3), want.classify(x, topk=3), strict=True):
         np.testing.assert_allclose([p.score for p in got], [p.score for p in expected], rtol=1e-4)
+
+
+#: Relative distance of what comes of the same numbers, rounded once more or once less.
+ROUNDING = {"fp32": 2e-6, "tf32": 2e-3, "fp16": 2e-3, "bf16": 2e-2}
+
+
+@pytest.mark.parametrize("name, graphs", [*((name, True) for name in ROUNDING), ("fp32", False)])
+def test_pictures_are_what_the_cpu_makes_of_them(name: str, graphs: bool) -> None:
+    """Resized and cropped as on the CPU, and normalised here: the logits of the CPU's normalised pixels."""
+    for config, preset in ((CONFIG, "timm"), (CONFIG.replace(in_chans=1, img_size=(15, 22), version=2), "hf")):
+        model, arrays = make(config, name, preset=preset, graphs=graphs), list(pictures(3, seed=1))
+        floats = model.preprocess(arrays)
+        for x in (arrays, np.stack(arrays), [Image.fromarray(a) for a in arrays]):
+            for got, want in (
+                (model(x), model(floats)),
+                (model.embed(x, normalize=True, batch_size=2), model.embed(floats, normalize=True, batch_size=2)),
+                *zip(model.features(x), model.features(floats), strict=True),
+            ):
+                assert type(got) is np.ndarray and got.dtype == np.float32
+                assert distance(got, want) <= ROUNDING[name]
+        assert distance(model(arrays), exact(config)(floats)) <= LIMITS[name]
+
+
+@pytest.fixture
+def uploads(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
+    """What goes from the host into a graph's input."""
+    seen: list[np.ndarray] = []
+    original = device.DeviceArray.set
+
+    def noted(self: Any, x: np.ndarray, stream: Any = None) -> None:
+        seen.append(x)
+        original(self, x, stream)
+
+    monkeypatch.setattr(device.DeviceArray, "set", noted)
+    return seen
+
+
+def test_bytes_are_uploaded(uploads: list[np.ndarray]) -> None:
+    """A quarter of what floats are; of floats nothing changes."""
+    model, x = make(), pictures(4)
+    for ask in (model, model.embed, model.classify, model.features):
+        ask(x)
+        assert (uploads[-1].shape, uploads[-1].dtype) == ((4, 16, 16, 3), np.uint8)
+        np.testing.assert_array_equal(uploads[-1], model.preprocess.crops(x))
+    model(model.preprocess(x))
+    assert (uploads[-1].shape, uploads[-1].dtype) == ((4, 3, 16, 16), np.float32)
+    assert len(uploads) == 5
+
+
+def test_the_command_line_uploads_bytes(uploads: list[np.ndarray], digits: list[Any], tmp_path: Any) -> None:
+    common = [*map(str, digits[:3]), "--device", "cuda", "--batch-size", "2"]
+    for args in (["classify", *common], ["embed", *common, "-o", str(tmp_path / "v.npy")]):
+        assert cli.main(args) == 0
+        assert [(x.dtype, x.shape) for x in uploads] == [(np.uint8, (n, 32, 32, 3)) for n in (2, 1)]
+        uploads.clear()
+    want = swincupy.load("demo", device="cpu").embed(digits[:3])
+    assert distance(np.load(tmp_path / "v.npy"), want) <= 1e-5
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_bytes_on_the_device_stay_there(graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With resize=False, at any size: no copy to the host and back, results on the device."""
+    model = make(graphs=graphs)
+    host = model_module.host
+    for size in ((16, 16), (9, 21)):
+        x = pictures(3, size)
+        want = model(model.preprocess.normalise(x))
+        given = device.asarray(x)
+        assert model._backend.pixels(given) is given
+        monkeypatch.setattr(model_module, "host", lambda x: pytest.fail("to the host"))
+        results = [model(given, resize=False), *model.features(given, resize=False), model.embed(given, resize=False)]
+        assert all(isinstance(y, device.DeviceArray) for y in results)
+        assert distance(results[0], want) <= ROUNDING["fp32"]
+        monkeypatch.setattr(model_module, "host", host)
+        of_host = model(x, resize=False)
+        assert type(of_host) is np.ndarray
+        np.testing.assert_array_equal(of_host, np.asarray(results[0]))
+        assert model.classify(given, resize=False) == model.classify(x, resize=False)
+        np.testing.assert_array_equal(np.asarray(model(given[::-1, ::-1, ::-1], resize=False)[0]), np.asarray(
+            model(np.ascontiguousarray(x[::-1, ::-1, ::-1]), resize=False)[0]
+        ))  # fmt: skip
+
+
+def test_bytes_on_the_device_that_need_no_resizing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As images they may stay, too, where preprocessing leaves them as they are; what comes back is then NumPy's."""
+    model, x = make(preset="hf"), pictures(3, (16, 16))
+    want = model([Image.fromarray(a) for a in x])
+    monkeypatch.setattr(model_module, "host", lambda x: pytest.fail("to the host"))
+    got = model(device.asarray(x))
+    assert type(got) is np.ndarray
+    np.testing.assert_array_equal(got, want)
+
+
+def test_bytes_of_other_libraries_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = make(), pictures(2, (16, 16))
+    monkeypatch.setattr(sys.modules["cupy"], "from_dlpack", lambda given: given.x, raising=False)
+    foreign = Foreign(x, dlpack=True)
+    assert model._backend.pixels(foreign) is foreign.x
+
+
+def test_graphs_tell_bytes_from_floats() -> None:
+    """The same shape may be either; and bytes differ by what they are normalised with."""
+    model = make()
+    floats, x = images(2, 3, 16, 3), pictures(2, (3, 16))
+    wanted = {}
+    for mean in (0.5, 0.25):
+        model.preprocess = Preprocess((3, 16), "none", mean=(mean,) * 3, std=(0.5, 0.25, 1.0))
+        wanted[mean] = make(graphs=False)(model.preprocess.normalise(x))
+    before = model(floats)
+    for _ in range(2):
+        for mean, want in wanted.items():
+            model.preprocess = Preprocess((3, 16), "none", mean=(mean,) * 3, std=(0.5, 0.25, 1.0))
+            assert distance(model(x), want) <= ROUNDING["fp32"]
+        np.testing.assert_array_equal(model(floats), before)
+    assert [key[2] for key in model._engine._replays] == 2 * [(2, 3, 16, 3)] + [(2, 3, 16, 3)]
+    assert len({key[3] for key in model._engine._replays}) == 3
+
+
+def test_graphs_of_bytes_are_bitwise_what_eager_is() -> None:
+    graphs, eager = make(), make(graphs=False)
+    for n in (1, 18, 17, 3):
+        x = pictures(n, (16, 16), seed=n)
+        np.testing.assert_array_equal(graphs(x, resize=False), eager(x, resize=False))
+    assert [key[2][0] for key in graphs._engine._replays] == [1, 18, 3]
+
+
+def test_what_normalises_bytes_is_in_no_graphs_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs share it, and one of them may go. It is there before calls on any stream read it."""
+    original, allocators = fused._affine, []
+
+    def noted(*args: Any) -> Any:
+        known = original.cache_info().misses
+        y = original(*args)
+        if original.cache_info().misses > known:
+            allocators.append(len(device._state().allocators))
+        return y
+
+    monkeypatch.setattr(fused, "_affine", noted)
+    model = make()
+    model._engine._capacity = 1
+    model.preprocess = Preprocess((16, 16), "none", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    second = pictures(2, (16, 16))
+    want = make(graphs=False)(model.preprocess.normalise(second))
+    waits = device.card.waits
+    model(pictures(1, (16, 16)))
+    assert device.card.waits == waits + 3  # for the plan, what normalises, and the graph's first run
+    model(second)
+    assert allocators == [1]  # the caller's own
+    gc.collect()
+    device.default_pool.free_all_blocks()
+    for size in (1 << 9, 1 << 12, 1 << 16):
+        device.empty(size, np.uint8).fill(0xFF)
+    assert distance(model(second), want) <= ROUNDING["fp32"]
+
+
+def test_memory_of_a_model_of_pictures_is_given_back() -> None:
+    make()(pictures(1, (16, 16)), resize=False)  # what normalises is kept
+    gc.collect()
+    device.default_pool.free_all_blocks()
+    before = device.card.used
+    gc.disable()
+    try:
+        model = make()
+        model(pictures(2, (16, 16)), resize=False)
+        assert device.card.used > before
+        del model
+        device.default_pool.free_all_blocks()
+        assert device.card.used == before
+    finally:
+        gc.enable()
+
+
+def test_preprocessing_of_ones_own_is_the_cpus(uploads: list[np.ndarray]) -> None:
+    """What a class derived from Preprocess makes of an image, nobody else knows to make."""
+
+    class Doubled(Preprocess):
+        def pixels(self, image: Any, name: str = "image") -> Any:
+            return 2 * super().pixels(image, name)
+
+    model, x = make(), pictures(2, (16, 16))
+    model.preprocess = Doubled((16, 16), "none")
+    got, embedded = model(x), model.embed(x)
+    assert [u.dtype for u in uploads] == [np.float32, np.float32]
+    doubled = 2 * Preprocess((16, 16), "none")(x)
+    np.testing.assert_array_equal(got, model(doubled))
+    np.testing.assert_array_equal(embedded, model.embed(doubled))
+
+
+def test_bytes_of_wrong_shapes() -> None:
+    model = make()
+    for x, message in (
+        (pictures(1, (16, 16), 4), r"x must be uint8 \[B, H, W, 3\], got shape \(1, 16, 16, 4\)"),
+        (pictures(1, (3, 16), 16), "uint8 arrays have channels last"),
+        (pictures(1)[0], r"add a batch axis: x\[None\]"),
+    ):
+        with pytest.raises(InputError, match=message):
+            model(device.asarray(x), resize=False)
 
 
 # ------------------------------------------------------------------ what goes in
@@ -215,10 +422,11 @@ def test_least_recently_used_graph_goes_first() -> None:
     sizes = [(1, 3, 16, 16), (2, 3, 16, 16), (3, 3, 16, 16)]
     model(images(*sizes[0])), model(images(*sizes[1]))
     used = device.card.used
-    first = model._engine._find((forward.logits, (), sizes[0]))
+    first = model._engine._find((forward.logits, (), sizes[0], None))
+    assert first is not None
     model(images(*sizes[0])), model(images(*sizes[2]))
     assert [key[2] for key in model._engine._replays] == [sizes[0], sizes[2]]
-    assert model._engine._find((forward.logits, (), sizes[0])) is first
+    assert model._engine._find((forward.logits, (), sizes[0], None)) is first
     device.default_pool.free_all_blocks()
     assert device.card.used <= used * 1.5  # the second one's memory is free
 

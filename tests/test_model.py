@@ -23,6 +23,7 @@ from PIL import Image
 import swincupy
 from swincupy import ConfigError, DeviceError, InputError, Prediction, SwinConfig, SwinTransformer
 from swincupy.parameters import parameter_shapes
+from swincupy.preprocess import Preprocess, preset
 from tests.parity import recipe
 
 Array = np.ndarray
@@ -219,11 +220,78 @@ def test_images_of_several_sizes(model: SwinTransformer) -> None:
     near(model(images), np.concatenate([model(image) for image in images]))
 
 
+def test_bytes_of_the_final_size(model: SwinTransformer) -> None:
+    """With resize=False they are normalised and no more, at any size; without it, resized as any image is."""
+    for size in ((32, 32), (57, 40)):
+        crops = pictures(3, size)
+        floats = model.preprocess.normalise(crops)
+        for x in (crops, np.asfortranarray(crops), crops[:, ::-1, ::-1].copy()[:, ::-1, ::-1]):
+            near(model(x, resize=False), model(floats), 0)
+        near(model.embed(crops, batch_size=2, resize=False), model.embed(floats, batch_size=2), 0)
+        near(model.features(crops, resize=False)[1], model.features(floats)[1], 0)
+        assert model.classify(crops, 2, resize=False) == model.classify(floats, 2)
+        near(model(crops), model(model.preprocess(crops)), 0)
+        assert np.abs(model(crops) - model(floats)).max() > 1e-3
+    near(model(pixels(2, 3, 20, 30), resize=False), model(pixels(2, 3, 20, 30)), 0)
+
+
+def test_bytes_of_another_library(model: SwinTransformer) -> None:
+    """Taken as they are, the answer is in their library; as images, in NumPy."""
+    strict = pytest.importorskip("array_api_strict", reason="array-api-strict is not installed")
+    crops = pictures(2, (32, 32))
+    given = strict.asarray(crops)
+    for got in (model(given, resize=False), model.embed(given, resize=False), *model.features(given, resize=False)):
+        assert type(got) is type(given)
+    near(model(given, resize=False), model(crops, resize=False), 0)
+    assert type(model(given)) is type(model.embed(given)) is np.ndarray
+
+
+def test_arrays_that_preprocessing_leaves_as_they_are() -> None:
+    """Bit by bit what goes through Pillow."""
+    model, crops = make(preprocess=preset("hf", 32, CONFIG)), pictures(5, (32, 32))
+    near(model(crops), model([Image.fromarray(a) for a in crops]), 0)
+    near(model.embed(crops, batch_size=2), model.embed(list(crops), batch_size=2), 0)
+
+
+class Upside(Preprocess):
+    def pixels(self, image: Any, name: str = "image") -> Any:
+        return super().pixels(image, name)[:, ::-1]
+
+
+def test_preprocessing_of_ones_own() -> None:
+    """A class derived from Preprocess may do anything with an image, also with one that has the final size."""
+    model, flipping = (make(preprocess=p((32, 32), "none")) for p in (Preprocess, Upside))
+    crops = pictures(3, (32, 32))
+    near(flipping(crops), model(crops[:, ::-1]), 0)
+    near(flipping.embed(crops), model.embed(crops[:, ::-1]), 0)
+
+
+@pytest.mark.parametrize("call", ["__call__", "embed", "features", "classify"])
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (pictures(1)[0], r"x must be uint8 \[B, H, W, 3\], got shape \(40, 50, 3\); add a batch axis: x\[None\]"),
+        (np.zeros((2, 3, 8, 8), np.uint8), r"got shape \(2, 3, 8, 8\); uint8 arrays have channels last: x.transpose"),
+        (np.zeros((2, 8, 8, 4), np.uint8), r"x must be uint8 \[B, H, W, 3\], got shape \(2, 8, 8, 4\)"),
+        (pictures(2)[:0], "at least one image and one pixel"),
+        (pictures(2)[:, :0], "at least one image and one pixel"),
+        (list(pictures(2)), r"must be a uint8 array \[B, H, W, C\] where resize is False, got list"),
+        ("x.png", "where resize is False, got str"),
+        (np.zeros((2, 8, 8, 3), np.int32), "where resize is False, got int32"),
+    ],
+    ids=range(8),
+)
+def test_refuses_what_would_have_to_be_resized(model: SwinTransformer, call: str, x: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        getattr(model, call)(x, resize=False)
+
+
 def test_gray_model_takes_arrays_and_images() -> None:
     model = make(CONFIG.replace(in_chans=1))
     assert model(pixels(2, 1, 20, 30)).shape == (2, 7)
     gray = np.random.default_rng(0).integers(0, 256, (2, 40, 50, 1), dtype=np.uint8)
     near(model(gray), model([Image.fromarray(g[..., 0]) for g in gray]), 0)
+    near(model(gray, resize=False), model(model.preprocess.normalise(gray)), 0)
 
 
 # ---------------------------------------------------------------- embeddings
@@ -449,7 +517,8 @@ def test_refuses_batch_sizes(model: SwinTransformer, batch_size: int) -> None:
 
 @pytest.mark.parametrize("device", [None, "cpu"])
 def test_cpu(device: Any) -> None:
-    assert make(device=device).device == "cpu"
+    model = make(device=device, precision=None)
+    assert (model.device, model.precision) == ("cpu", "fp32")
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda:-1", -1, "cuda:²", "mps", "cpu:0", True, ""])
@@ -484,7 +553,7 @@ def test_cuda_without_a_driver_or_a_device(monkeypatch: pytest.MonkeyPatch) -> N
         make(device="cuda:2")
 
 
-@pytest.mark.parametrize("precision", ["fp8", "float32", "", None])
+@pytest.mark.parametrize("precision", ["fp8", "float32", "", 32])
 def test_unknown_precisions(precision: Any) -> None:
     with pytest.raises(DeviceError, match=f"load: precision must be one of fp32, .*, fp64, got {precision!r}"):
         make(precision=precision)
@@ -493,6 +562,8 @@ def test_unknown_precisions(precision: Any) -> None:
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "tf32"])
 def test_precisions_that_the_cpu_has_not(precision: str) -> None:
     with pytest.raises(DeviceError, match=f"precision on the CPU must be 'fp32' or 'fp64', got '{precision}'"):
+        make(device="cpu", precision=precision)
+    with pytest.raises(DeviceError, match=f"precision '{precision}' must run on a GPU, and none can be used: "):
         make(precision=precision)
 
 

@@ -22,6 +22,9 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
+GRAY = SwinConfig(img_size=32, in_chans=1, window_size=4)
+
+
 def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
     file = io.BytesIO()
     image.save(file, kind)
@@ -86,6 +89,42 @@ def test_pixels_are_those_of_pillow():
     want = (np.asarray(cropped, np.float32) / 255 - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
     assert got.dtype == np.float32 and got.shape == (1, 3, 224, 224) and got.flags.c_contiguous
     np.testing.assert_array_equal(got[0], want.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("p", [preset("timm", 32), preset("hf", (24, 40)), preset("ms", 32, GRAY)])
+def test_crops_and_normalise_are_the_two_halves(p):
+    images = [noise(61, 44), noise(33, 90, 1), noise(9, 8, 2)]
+    crops = p.crops(images)
+    assert crops.dtype == np.uint8 and crops.shape == (3, *p.size, p.channels)
+    np.testing.assert_array_equal(p.normalise(crops), p(images))
+    np.testing.assert_array_equal(p.normalise(crops[:, ::-1, ::-1])[..., ::-1, ::-1], p(images))
+    np.testing.assert_array_equal(np.concatenate(list(stream(images, p, 2, normalise=False))), crops)
+    assert p.normalise(noise(5, 7)[None, ..., : p.channels]).shape == (1, p.channels, 5, 7)
+    with pytest.raises(InputError, match=rf"crops must be uint8 \[B, H, W, {p.channels}\], got shape \(5, 7, 2\)"):
+        p.normalise(np.zeros((5, 7, 2), np.uint8))
+    for call in (p.crops, p.normalise):
+        with pytest.raises(InputError, match="at least one image, got none"):
+            call(crops[:0])
+
+
+@pytest.mark.parametrize(
+    ("p", "size", "kept"),
+    [
+        (preset("timm", 224), (224, 224), False),  # goes to 248 first
+        (preset("timm", 384), (384, 384), True),
+        (preset("timm", 384), (384, 385), False),
+        (preset("hf", (24, 40)), (24, 40), True),
+        (preset("hf", (24, 40)), (40, 24), False),
+        (Preprocess((8, 9), "none"), (8, 9), True),
+        (Preprocess((8, 9), "none"), (9, 9), False),
+        (Preprocess((20, 30), "shorter", (20, 30)), (20, 30), True),
+        (Preprocess((20, 30), "shorter", (22, 33)), (22, 33), False),
+    ],
+)
+def test_sizes_that_are_kept(p, size, kept):
+    assert p.keeps(*size) is kept
+    image = noise(*size)
+    assert np.array_equal(p.crops(image)[0], image) is kept
 
 
 def test_tall_and_non_square():

@@ -8,20 +8,27 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from swincupy import jit
 from swincupy import precision as precisions
 from swincupy.errors import InputError
-from swincupy.ops import attention, kernels
+from swincupy.ops import attention, fused_attention, fused_mlp, kernels
 from swincupy.ops.gemm import gemm
 from swincupy.ops.reference import PadMode, Pair
 from swincupy.precision import Precision
 
 Array = Any
+
+
+class PositionBias(NamedTuple):
+    """A position bias in the orders of the two kernels that read it."""
+
+    windows: Array  # of `attention.window_attention`
+    block: Array | None  # of `fused_attention.attention_block`, where that may take it
 
 
 class Fused:
@@ -31,6 +38,8 @@ class Fused:
     ----------
     precision : str or Precision
         "fp32", "tf32", "fp16" or "bf16".
+    constant_weights : bool
+        No kernel under way writes weights: those of matrix products may be read before it is done.
 
     Raises
     ------
@@ -44,8 +53,36 @@ class Fused:
     C-contiguous and in the storage dtype. Work is queued on CuPy's current stream.
     """
 
-    def __init__(self, precision: str | Precision) -> None:
+    def __init__(self, precision: str | Precision, *, constant_weights: bool = False) -> None:
         self.precision = precisions.of(precision, sm=jit.compute_capability())
+        self._constant_weights = constant_weights
+
+    # ------------------------------------------------------------ weights, once
+
+    def pack_mlp(self, weights: Mapping[str, np.ndarray], *, post_norm: bool) -> Any:
+        """What `mlp_block` takes as ``packed``: float32 weights as its one kernel reads them, or None without one."""
+        import cupy
+
+        hidden, C = weights["fc1_weight"].shape
+        if not fused_mlp.takes(C, hidden, self.precision):
+            return None
+        packed = fused_mlp.pack(**weights, precision=self.precision, post_norm=post_norm)
+        return fused_mlp.Packed(*map(cupy.asarray, packed))
+
+    def pack_attention(
+        self, weights: Mapping[str, np.ndarray | None], *, num_heads: int, logit_scale: np.ndarray | None
+    ) -> Any:
+        """What the blocks take as ``packed``: float32 weights as their one kernel reads them, or None without one."""
+        import cupy
+
+        C = len(weights["norm_weight"])  # type: ignore[arg-type]
+        if not any(fused_attention.takes(C, num_heads, w, w, self.precision) for w in fused_attention.WINDOWS):
+            return None
+        packed = fused_attention.pack(
+            **weights,  # type: ignore[arg-type]
+            num_heads=num_heads, logit_scale=logit_scale, precision=self.precision,
+        )  # fmt: skip
+        return fused_attention.Packed(*map(cupy.asarray, packed))
 
     # ------------------------------------------------------------ elementwise and row by row
 
@@ -102,8 +139,9 @@ class Fused:
         *,
         post_norm: bool = False,
         eps: float = 1e-5,
+        packed: fused_mlp.Packed | None = None,
     ) -> Array:
-        """See `swincupy.ops.reference.mlp_block`."""
+        """See `swincupy.ops.reference.mlp_block`. With `pack_mlp`'s ``packed``, one kernel does it all where it can."""
         x, norm_weight, norm_bias, *weights = self._take(
             "mlp_block",
             x=x,
@@ -116,6 +154,8 @@ class Fused:
         )
         _need_norm("mlp_block", x.shape[-1], norm_weight, norm_bias)
         options: dict[str, Any] = {"eps": eps, "precision": self.precision}
+        if packed is not None and fused_mlp.takes(x.shape[-1], len(weights[0]), self.precision, x.size // x.shape[-1]):
+            return fused_mlp.mlp_block(x, packed, **options)
         if post_norm:
             y = self._mlp("mlp_block", x, *weights)
             _need(y.shape == x.shape, f"mlp_block: fc2_weight must have {x.shape[-1]} rows", weights[2])
@@ -142,15 +182,17 @@ class Fused:
         shift: Pair = (0, 0),
         pad_mode: PadMode = "pad_roll",
         eps: float = 1e-5,
+        packed: fused_attention.Packed | None = None,
     ) -> Array:
         """See `swincupy.ops.reference.attention_block`.
 
         ``position_bias`` is [nH, N, N], or what `position_bias` made of it, which saves work in every
-        call. ``mask`` is not read: the kernel has the mask of ``shift``, whatever is given here.
+        call. ``mask`` is not read: the kernels have the mask of ``shift``, whatever is given here.
+        With `pack_attention`'s ``packed``, one kernel does it all where it can.
         """
         weights = (norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias)
         windows: dict[str, Any] = {"num_heads": num_heads, "window": window, "shift": shift, "pad_mode": pad_mode}
-        return self._attention_block("attention_block", x, weights, None, position_bias, eps, **windows)
+        return self._attention_block("attention_block", x, weights, None, position_bias, eps, packed, **windows)
 
     def cosine_attention_block(
         self,
@@ -170,15 +212,16 @@ class Fused:
         shift: Pair = (0, 0),
         pad_mode: PadMode = "pad_roll",
         eps: float = 1e-5,
+        packed: fused_attention.Packed | None = None,
     ) -> Array:
         """See `swincupy.ops.reference.cosine_attention_block`; ``logit_scale`` best is float32.
 
-        For ``position_bias`` and ``mask`` see `attention_block`.
+        For ``position_bias``, ``mask`` and ``packed`` see `attention_block`.
         """
         weights = (norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias)
         windows: dict[str, Any] = {"num_heads": num_heads, "window": window, "shift": shift, "pad_mode": pad_mode}
         scale = self._float32(logit_scale)
-        return self._attention_block("cosine_attention_block", x, weights, scale, position_bias, eps, **windows)
+        return self._attention_block("cosine_attention_block", x, weights, scale, position_bias, eps, packed, **windows)
 
     def window_attention(
         self,
@@ -218,17 +261,22 @@ class Fused:
         scale = self._float32(logit_scale)
         return self._window_attention("cosine_window_attention", x, weights, scale, position_bias, mask, num_heads)
 
-    def position_bias(self, bias: Array) -> Array:
-        """A bias [nH, N, N] as the attention kernel reads it, on the device; what is so already is returned.
+    def position_bias(self, bias: Array | PositionBias) -> PositionBias:
+        """A bias [nH, N, N] as the attention kernels read it, on the device; what is so already is returned.
 
         Takes a float array of NumPy or CuPy, or one in the storage of the precision. From float64 or
         float32 it is as exact as the kernel's own format is, which a bfloat16 one is not.
         """
         import cupy
 
-        if bias.ndim != 3:
+        if isinstance(bias, PositionBias):
             return bias
-        return cupy.asarray(attention.prepare_position_bias(self._float32(bias), self.precision))
+        nH, N, _ = bias.shape
+        bias, C, block = self._float32(bias), 32 * nH, None
+        for window in fused_attention.WINDOWS:
+            if window[0] * window[1] == N and fused_attention.takes(C, nH, window, window, self.precision):
+                block = cupy.asarray(fused_attention.prepare_position_bias(bias, self.precision))
+        return PositionBias(cupy.asarray(attention.prepare_position_bias(bias, self.precision)), block)
 
     # ------------------------------------------------------------ between stages
 
@@ -397,7 +445,15 @@ class Fused:
         if residual is not None:
             _need(residual.shape[-1] == N, f"{what}: weight must have {residual.shape[-1]} rows", weight)
             residual = residual.reshape(-1, N)
-        y = gemm(x.reshape(-1, K), weight, bias, gelu=gelu, residual=residual, precision=self.precision)
+        y = gemm(
+            x.reshape(-1, K),
+            weight,
+            bias,
+            gelu=gelu,
+            residual=residual,
+            precision=self.precision,
+            overlap=self._constant_weights,
+        )
         return y.reshape(*x.shape[:-1], N)
 
     def _mlp(
@@ -431,11 +487,14 @@ class Fused:
         x: Array,
         weights: tuple[Array | None, ...],
         logit_scale: Array | None,
-        position_bias: Array,
+        position_bias: Array | PositionBias,
         eps: float,
+        packed: fused_attention.Packed | None,
         *,
         num_heads: int,
-        **windows: Any,
+        window: Pair,
+        shift: Pair,
+        pad_mode: PadMode,
     ) -> Array:
         """V1: ``x + attention(LN(x))``; V2, where there is a ``logit_scale``: ``x + LN(attention(x))``."""
         names = ("norm_weight", "norm_bias", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias")
@@ -444,18 +503,23 @@ class Fused:
         )
         B, H, W, C = self._check_attention(what, x, qkv_weight, proj_weight, num_heads, ndim=4)
         _need_norm(what, C, norm_weight, norm_bias)
+        bias = self.position_bias(position_bias)
         norm: dict[str, Any] = {"eps": eps, "precision": self.precision}
+        if packed is not None and fused_attention.takes(C, num_heads, window, (H, W), self.precision):
+            return fused_attention.attention_block(x, packed, bias.block, window=window, shift=shift, **norm)
         y = x if logit_scale is not None else kernels.layer_norm(x, norm_weight, norm_bias, **norm)
         y = attention.window_attention(
             self._product(what, y, qkv_weight, qkv_bias).reshape(B * H * W, -1),
             qkv_bias,
-            self.position_bias(position_bias),
+            bias.windows,
             batch=B,
             grid=(H, W),
+            window=window,
+            shift=shift,
+            pad_mode=pad_mode,
             num_heads=num_heads,
             logit_scale=logit_scale,
             precision=self.precision,
-            **windows,
         )
         if logit_scale is None:
             return self._product(what, y, proj_weight, proj_bias, residual=x).reshape(x.shape)
@@ -485,7 +549,7 @@ class Fused:
             return attention.window_attention(
                 qkv.reshape(-1, 3 * C),
                 None,
-                self.position_bias(bias),
+                self.position_bias(bias).windows,
                 batch=len(qkv),
                 grid=window,
                 window=window,

@@ -1,7 +1,8 @@
 """Matrix products with epilogues on the GPU: which backend computes a product, with which algorithm.
 
-Three backends: cuBLASLt, and the kernels ``cuda/gemm.cu`` and, with CUTLASS, ``cuda/cutlass_gemm.cu``,
-whose epilogues have the exact GELU. (cuBLASLt's is the tanh approximation: for inputs around -1 with a
+Four backends: cuBLASLt, and the kernels ``cuda/gemm.cu``, on SM 9.0 ``cuda/wgmma_gemm.cu``, and with CUTLASS
+``cuda/cutlass_gemm.cu``, whose epilogues have the exact GELU. (cuBLASLt's is the tanh approximation: for inputs
+around -1 with a
 deviation of 1 or less its error, simulated, is 2 to 4 times that of float16 arithmetic, so it is not
 used.) What a product runs on is decided at its first use: `swincupy.tune`'s cache if it has it, else the
 fastest of a short search, or inside of a stream capture, where nothing can be timed, the library's first
@@ -20,12 +21,12 @@ import numpy as np
 from swincupy import jit, tune
 from swincupy import precision as precisions
 from swincupy.errors import DeviceError, InputError
-from swincupy.ops import cutlass, kernels
+from swincupy.ops import cutlass, kernels, wgmma
 from swincupy.ops.cublaslt import Product, bindings
 from swincupy.precision import Precision
 
 Array = Any
-Run = Callable[[Array, Array, Array | None, Array | None, Array], None]  # a, w, bias, residual, out
+Run = Callable[..., None]  # of a, w, bias, residual, out; and overlap=
 
 
 class Tile(NamedTuple):
@@ -63,7 +64,7 @@ class Problem(NamedTuple):
         return "+".join(k for k in ("bias", "gelu", "residual") if getattr(self, k)) or "none"
 
 
-Choice = bytes | Tile | cutlass.Tile  # a cuBLASLt algorithm, or a tile of a kernel
+Choice = bytes | Tile | wgmma.Tile | cutlass.Tile  # a cuBLASLt algorithm, or a tile of a kernel
 
 
 def gemm(
@@ -75,6 +76,7 @@ def gemm(
     residual: Array | None = None,
     out: Array | None = None,
     precision: str | Precision,
+    overlap: bool = False,
 ) -> Array:
     """``act(a @ w.T + bias) + residual``, act the exact (erf) GELU or nothing; sums in float32.
 
@@ -91,6 +93,8 @@ def gemm(
         Not together with ``gelu``.
     out : [M, N], optional
         Where the result is written; may be ``residual``.
+    overlap : bool
+        No kernel that is under way writes w: it may be read before they are done.
     precision : str or Precision
         All arrays are C-contiguous, on the current device, and of its storage type.
 
@@ -117,7 +121,7 @@ def gemm(
     for x in (a, w, bias, residual, out):
         bits |= 0 if x is None else x.data.ptr
     problem = Problem(M, N, K, p.name, bias is not None, gelu, residual is not None, bits & -bits)
-    plan(problem, (a, w, bias, residual, out))(a, w, bias, residual, out)
+    plan(problem, (a, w, bias, residual, out))(a, w, bias, residual, out, overlap=overlap)
     return out
 
 
@@ -187,7 +191,7 @@ def _decide(problem: Problem, arrays: tuple[Array, ...]) -> Run:
     if cupy.cuda.get_current_stream().is_capturing():
         found = choices(problem, 1, ())
     else:
-        found = choices(problem, 8, TILES[:2] if problem.gelu else ())
+        found = choices(problem, 8, likely(problem))
     if not found:
         return _Padded(problem)
     if len(found) > 1:
@@ -196,13 +200,29 @@ def _decide(problem: Problem, arrays: tuple[Array, ...]) -> Run:
     return runner(problem, found[0])
 
 
-def choices(problem: Problem, algorithms: int, tiles: tuple[Tile | cutlass.Tile, ...]) -> list[Choice]:
+def likely(problem: Problem) -> tuple[Tile | wgmma.Tile, ...]:
+    """The tiles of our kernels that a short search tries."""
+    import cupy
+
+    p = problem
+    if wgmma.takes(p.N, p.K, precisions.of(p.precision)):
+        return tuple(wgmma.likely(p.M, p.N, p.K, jit.multiprocessors(cupy.cuda.device.get_device_id())))
+    return TILES[:2] if p.gelu else ()
+
+
+def choices(problem: Problem, algorithms: int, tiles: tuple[Tile | wgmma.Tile | cutlass.Tile, ...]) -> list[Choice]:
     """What may run a product: up to so many of cuBLASLt's algorithms, best guess first, and of these tiles what can."""
     found: list[Choice] = [*_product(problem).algorithms(algorithms)]
-    precision = precisions.of(problem.precision)
+    p, precision = problem, precisions.of(problem.precision)
     unit = 16 // precision.storage.itemsize
-    if problem.alignment % 16 == 0 and problem.K % unit == 0 and problem.N % 8 == 0:
-        found += [t for t in tiles if isinstance(t, Tile) or cutlass.takes(problem.N, precision)]
+    if p.alignment % 16 or p.K % unit or p.N % 8:
+        return found
+    for tile in tiles:
+        if isinstance(tile, wgmma.Tile):
+            fits = wgmma.takes(p.N, p.K, precision, tile)
+        else:
+            fits = isinstance(tile, Tile) or cutlass.takes(p.N, precision)
+        found += [tile] if fits else []
     return found
 
 
@@ -214,16 +234,29 @@ def runner(problem: Problem, choice: Choice) -> Run:
     DeviceError
         The library does not have the algorithm, or the kernel does not compile.
     """
+    p, precision = problem, precisions.of(problem.precision)
+    if isinstance(choice, wgmma.Tile):
+        return wgmma.Product(p.M, p.N, p.K, precision, gelu=p.gelu, tile=choice)
+    alone = _alone(problem, choice)
+
+    def run(*arrays: Array | None, overlap: bool = False) -> None:
+        alone(*arrays)
+
+    return run
+
+
+def _alone(problem: Problem, choice: Choice) -> Run:
+    """What runs a product by the backends that always start after the kernels ahead."""
+    p, precision = problem, precisions.of(problem.precision)
     if isinstance(choice, Tile):
-        return _Kernel(problem, choice)
+        return _Kernel(p, choice)
     if isinstance(choice, cutlass.Tile):
-        p = problem
-        return cutlass.Product(p.M, p.N, p.K, precisions.of(p.precision), gelu=p.gelu, tile=choice)
-    product = _product(problem)
+        return cutlass.Product(p.M, p.N, p.K, precision, gelu=p.gelu, tile=choice)
+    assert isinstance(choice, bytes)
+    product = _product(p)
     product.use(choice)
-    if not problem.gelu:
+    if not p.gelu:
         return product
-    precision = precisions.of(problem.precision)
 
     def product_then_gelu(a: Array, w: Array, bias: Array | None, residual: Array | None, out: Array) -> None:
         product(a, w, bias, residual, out)
@@ -277,7 +310,15 @@ class _Padded:
             raise DeviceError(f'gemm: cuBLASLt has no algorithm for {problem}; use precision="fp32"')
         self._run = runner(self._padded, found[0])
 
-    def __call__(self, a: Array, w: Array, bias: Array | None, residual: Array | None, out: Array) -> None:
+    def __call__(
+        self,
+        a: Array,
+        w: Array,
+        bias: Array | None,
+        residual: Array | None,
+        out: Array,
+        overlap: bool = False,
+    ) -> None:
         import cupy
 
         p = self._padded

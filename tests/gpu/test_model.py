@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib.util
 import re
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 import swincupy
-from swincupy import bench, registry
+from swincupy import bench, devices, registry
 from swincupy.config import SwinConfig
 from tests.gpu.models import LIMITS, distance, images, make, small
 
@@ -95,6 +96,76 @@ def test_classify_images(name: str) -> None:
     got = model.classify(paths, topk=1, batch_size=3)
     assert [p[0].label for p in got] == [p[0].label for p in want]
     np.testing.assert_allclose([p[0].score for p in got], [p[0].score for p in want], atol=0.02)
+
+
+def test_the_gpu_is_the_default() -> None:
+    found = devices.find()
+    assert found.usable and found.reason is None, found.reason
+    model = swincupy.load("demo")
+    assert (model.device, model.precision) == (f"cuda:{found.usable[0]}", "fp32")
+    assert swincupy.load("demo", precision="fp64").device == swincupy.load("demo", device="cpu").device == "cpu"
+    assert swincupy.load("demo", precision="fp16").device == model.device
+
+
+#: Relative distance of what comes of the same numbers, rounded once more or once less on the way.
+ROUNDING = {"fp32": 2e-6, "tf32": 2e-3, "fp16": 3e-3, "bf16": 2e-2}
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("name", LIMITS)
+def test_pictures_are_what_the_cpu_makes_of_them(name: str, version: int, graphs: bool) -> None:
+    """Uploaded as bytes and normalised here: what comes of the pixels that the CPU has normalised."""
+    config = small(version)
+    model, exact = make(config, precision=name, graphs=graphs), make(config, "cpu", "fp64")
+    pictures = np.random.default_rng(0).integers(0, 256, (5, 90, 130, 3), np.uint8)
+    floats = model.preprocess(pictures)
+    for _ in range(2):
+        for got, want in (
+            (model(pictures), model(floats)),
+            (model.embed(list(pictures), batch_size=2), model.embed(floats, batch_size=2)),
+            *zip(model.features(pictures), model.features(floats), strict=True),
+        ):
+            assert type(got) is np.ndarray and distance(got, want) <= ROUNDING[name] * (2 if version == 2 else 1)
+    assert distance(model(pictures), exact(floats)) <= LIMITS[name]
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("name", ["fp32", "fp16"])
+def test_bytes_on_the_device_stay_there(name: str, graphs: bool) -> None:
+    """With resize=False: at any size and in any layout in memory, on any stream, with results on the device."""
+    model = make(small(), precision=name, graphs=graphs)
+    for shape in [(2, 56, 56, 3), (3, 61, 94, 3), (1, 7, 5, 3)]:
+        x = np.random.default_rng(1).integers(0, 256, shape, np.uint8)
+        want = model(x, resize=False)
+        assert type(want) is np.ndarray
+        assert distance(want, model(model.preprocess.normalise(x))) <= ROUNDING[name]
+        planes = cupy.asarray(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+        for given in (cupy.asarray(x), planes.transpose(0, 2, 3, 1), cupy.asarray(x[:, ::-1])[:, ::-1]):
+            before = given.copy()
+            with model._backend.active():
+                assert model._backend.pixels(given).data.ptr == given.data.ptr
+            cupy.cuda.Device().synchronize()  # the stream does not wait for the one of the upload
+            with cupy.cuda.Stream(non_blocking=True) as stream:
+                y = model(given, resize=False)
+                stream.synchronize()
+            assert isinstance(y, cupy.ndarray) and np.array_equal(y.get(), want)
+            assert cupy.array_equal(given, before)
+        for y in (*model.features(given, resize=False), model.embed(given, normalize=True, resize=False)):
+            assert isinstance(y, cupy.ndarray)
+        assert model.classify(given, resize=False) == model.classify(x, resize=False)
+
+
+def test_graphs_tell_bytes_from_floats() -> None:
+    model, x = make(small()), np.random.default_rng(2).integers(0, 256, (2, 3, 56, 3), np.uint8)
+    floats = images(2, 3, 56, 3)
+    want = model(floats), model(x, resize=False)
+    for _ in range(3):
+        assert np.array_equal(model(floats), want[0]) and np.array_equal(model(x, resize=False), want[1])
+    model.preprocess = dataclasses.replace(model.preprocess, mean=(0.1, 0.2, 0.3))
+    other = model(x, resize=False)
+    assert distance(other, model(model.preprocess.normalise(x))) <= ROUNDING["fp32"]
+    assert len(model._engine._replays) == 4 and not np.array_equal(other, want[1])
 
 
 @pytest.mark.parametrize("name", LIMITS)

@@ -1,0 +1,134 @@
+"""Matrix products on the asynchronous tensor cores of SM 9.0: ``cuda/wgmma_gemm.cu``.
+
+What cuBLASLt lacks: the exact GELU, a residual that costs no second pass, and a start before the kernel
+ahead is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from swincupy import jit
+from swincupy import precision as precisions
+from swincupy.ops import tensor_maps
+from swincupy.precision import Precision
+
+Array = Any
+
+_ARCH = "sm_90a"
+
+
+class Tile(NamedTuple):
+    """How ``cuda/wgmma_gemm.cu`` cuts the result: a tile, who computes it, slabs of K in shared memory, clusters."""
+
+    bm: int
+    bn: int
+    groups: int
+    stages: int
+    split: int  # blocks that share K
+    kernel: str = "wgmma"  # tells it from other kernels' tiles in the cache of `tune`
+
+    @property
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory: the ring and its barriers; parts of sums."""
+        ring = self.stages * ((self.bm + self.bn) * tensor_maps.SLAB + 16)
+        return max(ring, (self.split > 1) * self.bm * self.bn * 4)
+
+    @property
+    def threads(self) -> int:
+        return 384 if self.groups == 2 else 160
+
+
+#: Large ones for many rows: two warpgroups take turns. Small ones for few; the last share K in a cluster.
+TILES = (
+    Tile(128, 192, 2, 4, 1), Tile(128, 96, 2, 6, 1), Tile(64, 192, 2, 6, 1), Tile(64, 96, 2, 6, 1),
+    Tile(64, 96, 1, 6, 1), Tile(64, 64, 1, 6, 1), Tile(64, 32, 1, 8, 1),
+    Tile(64, 64, 1, 6, 4), Tile(64, 128, 1, 6, 8),
+)  # fmt: skip
+
+
+def takes(N: int, K: int, precision: Precision, tile: Tile | None = None) -> bool:
+    """Whether the kernel computes products of this width and depth here (with this tile, where one is given)."""
+    if N % 32 or K % 8 or precision.storage.itemsize != 2 or jit.compute_capability() != 90:
+        return False
+    return tile is None or tile.split * 64 <= K
+
+
+def likely(M: int, N: int, K: int, multiprocessors: int, *, most: int = 3) -> list[Tile]:
+    """The tiles that are worth a try, by a rough count of what they take; the best guess first."""
+
+    def microseconds(t: Tile) -> float:
+        tiles, slabs = -(-M // t.bm) * -(-N // t.bn) * t.split, -(-K // 64) / t.split
+        rounds = -(-tiles // multiprocessors)
+        multiply = rounds * slabs * (t.bm * max(t.bn, 64) / 32 + 40) / 1700
+        fetch = tiles * slabs * (t.bm + t.bn) * 128 / 6e6  # from L2
+        ends = 1.5 + t.bm * t.bn / 16e3  # hidden by a second group where there is work for it
+        return max(multiply, fetch) + ends * (1 if t.groups == 2 else rounds) + (t.split > 1) * 0.8
+
+    return sorted((t for t in TILES if t.split * 64 <= K), key=microseconds)[:most]
+
+
+class Product:
+    """``out = act(a @ w.T + bias) + residual`` for one shape, on CuPy's current device.
+
+    Parameters
+    ----------
+    M, N, K : int
+        a [M, K], w [N, K], out and residual [M, N], C-contiguous; N a multiple of 32, K of 8.
+    precision : Precision
+        "fp16" or "bf16".
+    gelu : bool
+    tile : Tile
+
+    Raises
+    ------
+    DeviceError
+        The kernel does not compile for this GPU.
+    """
+
+    def __init__(self, M: int, N: int, K: int, precision: Precision, *, gelu: bool, tile: Tile) -> None:
+        import cupy
+
+        self._kernel = jit.kernel("wgmma_gemm", arch=_ARCH, **constants(tile, precision, gelu=gelu))
+        tiles = -(-M // tile.bm) * -(-N // tile.bn)
+        most = jit.multiprocessors(cupy.cuda.device.get_device_id()) * (1 if tile.groups == 2 else 3)
+        self._blocks = tiles * tile.split if tile.split > 1 else min(tiles, most)
+        self._sizes, self._precision, self._tile = (M, N, K), precision.name, tile
+
+    def __call__(
+        self,
+        a: Array,
+        w: Array,
+        bias: Array | None,
+        residual: Array | None,
+        out: Array,
+        overlap: bool = False,
+    ) -> None:
+        """Enqueue the product on CuPy's current stream; ``residual`` may be ``out``.
+
+        With ``overlap``, no kernel that is under way may write ``w``.
+        """
+        M, N, K = self._sizes
+        of_a = tensor_maps.rows(a.data.ptr, M, K, self._precision, self._tile.bm)
+        of_w = tensor_maps.permuted_rows(w.data.ptr, N, K, self._precision, self._tile.bn)
+        self._kernel(
+            self._blocks, self._tile.threads, of_a, of_w, bias, residual, out, M, N, K,
+            shared=self._tile.shared, overlap=overlap,
+        )  # fmt: skip
+
+
+def constants(tile: Tile, precision: Precision, *, gelu: bool) -> dict[str, jit.Constant]:
+    """The kernel's compile-time constants."""
+    return {
+        "scalar_t": precision.ctype, "BM": tile.bm, "BN": tile.bn, "GROUPS": tile.groups, "STAGES": tile.stages,
+        "SPLIT": tile.split, "GELU": gelu,
+    }  # fmt: skip
+
+
+def variants() -> Iterator[jit.Variant]:
+    """The kernels that a search may try, for checks that they compile."""
+    for tile in TILES:
+        for name in ("fp16", "bf16") if tile == TILES[0] else ("fp16",):
+            c = constants(tile, precisions.of(name), gelu=tile.bm == 128)
+            yield jit.Variant("wgmma_gemm", c, 90, _ARCH)
