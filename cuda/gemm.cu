@@ -25,8 +25,8 @@ DEVICE unsigned w_offset(unsigned row, unsigned chunk) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-    gemm(const scalar_t* __restrict__ a, const scalar_t* __restrict__ w, const scalar_t* __restrict__ bias,
-         const scalar_t* residual, scalar_t* out, int M, int N, int K) {
+    gemm(const scalar_t* a, const scalar_t* __restrict__ w, const scalar_t* __restrict__ bias, const scalar_t* residual,
+         scalar_t* out, int M, int N, int K) {
     extern __shared__ __align__(128) unsigned char smem[];
     const unsigned thread = threadIdx.x, lane = thread % WARP, warp = thread / WARP;
     const int tiles_n = ceil_div(N, BN), tile = blockIdx.x;

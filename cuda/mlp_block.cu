@@ -593,7 +593,7 @@ DEVICE void run(Args... args) {
 
 constexpr int CLUSTER = SPLIT > 0 ? SPLIT : 1;
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(CLUSTER, 1, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTER, 1, 1)
     mlp_block(const scalar_t* x, const scalar_t* __restrict__ weights, const float* __restrict__ vectors, scalar_t* out,
               int M, float eps) {
     extern __shared__ __align__(128) unsigned char shared[];

@@ -38,7 +38,7 @@ DEVICE int weight_index(int k) {
     return (c * PH + i) * PW + j;
 }
 
-DEVICE void load_weights(scalar_t* to, const scalar_t* __restrict__ weight, int chunk) {
+DEVICE void load_weights(scalar_t* to, const scalar_t* weight, int chunk) {
     for (int i = threadIdx.x; i < NP * K; i += THREADS) {
         const int n = i / K, k = i % K, kk = chunk * RUNS * RUN + k;
         const bool inside = n < C && k < RUNS * RUN && kk < SEGMENTS * RUN;

@@ -11,15 +11,35 @@ import pytest
 
 from swincupy import jit
 from swincupy.errors import DeviceError
-from swincupy.ops import attention, cutlass, fused, gemm, kernels, reference
+from swincupy.ops import (
+    attention,
+    cutlass,
+    fused,
+    fused_attention,
+    fused_mlp,
+    gemm,
+    kernels,
+    reference,
+    wgmma,
+)
 from tests.op_cases import CASES
 
 SMS = (75, 80, 86, 89, 90, 100, 120)
-VARIANTS = [v for module in (kernels, attention, gemm, cutlass) for v in module.variants()]
+MODULES = (kernels, attention, gemm, wgmma, cutlass, fused_attention, fused_mlp)
+VARIANTS = [v for module in MODULES for v in module.variants()]
 NAMES = sorted({v.name for v in VARIANTS})
 
 # Launched by a module of its own, or a step of the operations beside it
-HELPERS = {"gemm": gemm.gemm, "cutlass_gemm": cutlass.Product, "window_attention": attention.window_attention}
+HELPERS = {
+    "gemm": gemm.gemm, "wgmma_gemm": wgmma.Product, "cutlass_gemm": cutlass.Product,
+    "window_attention": attention.window_attention, "attention_block": fused_attention.attention_block,
+    "mlp_block": fused_mlp.mlp_block,
+}  # fmt: skip
+#: What no kernel of a forward pass writes.
+CONSTANT = {
+    "gamma", "beta", "bias", "qkv_bias", "position_bias", "logit_scale", "affine", "weight", "weights", "vectors",
+    "image", "position", "w",
+}  # fmt: skip
 
 
 def jobs(name: str) -> Iterator[tuple[jit.Variant, int]]:
@@ -57,13 +77,24 @@ def test_one_name_everywhere(root: Path) -> None:
     tested = {c.op for c in CASES} | {f.stem[5:] for f in (root / "tests" / "gpu").glob("test_*.py")}
     for file in files:
         text = file.read_text()
-        entries = re.findall(r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\(.*?\)\s+)?(\w+)\s*\(', text)
+        attributes = r"(?:__\w+__\s*\((?:[^()]|\([^()]*\))*\)\s*)*"
+        entries = re.findall(rf'extern\s+"C"\s+__global__\s+void\s+{attributes}(\w+)\s*\(', text)
         assert entries == [file.stem]
         assert hasattr(fused.Fused, file.stem) or file.stem in HELPERS, f"{file.name}: no operation of that name"
         assert hasattr(kernels, file.stem) or file.stem in HELPERS, f"{file.name}: no launcher of that name"
         assert f"| `{file.stem}` |" in readme, f"{file.name}: no row in cuda/README.md"
         assert file.stem in tested, f"{file.name}: no test on a GPU"
         assert text.startswith(f"// {file.stem} "), f"{file.name}: must open with its facts"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_kernels_write_is_not_read_as_constant(name: str, root: Path) -> None:
+    """A kernel that starts before the one ahead is done must see what that one writes, see cuda/common.cuh."""
+    text = (root / "cuda" / f"{name}.cu").read_text()
+    if "wait_for_kernels_ahead();" not in text:
+        pytest.skip("starts after the kernels ahead of it")
+    found = set(re.findall(r"const \w+\* __restrict__ (\w+)", text))
+    assert found <= CONSTANT and len(found) == text.count("__restrict__")
 
 
 def test_operations_have_the_arguments_of_the_reference() -> None:

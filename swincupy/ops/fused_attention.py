@@ -237,18 +237,14 @@ def choose(C: int, cosine: bool, windows: int, multiprocessors: int) -> Tiling:
 # Tilings for few windows, the fastest first, and how many times the multiprocessors' number of blocks they are good for
 _FEW = {
     96: ((Tiling(3, 3, 1, True, 2, False, 1, True), 1),),
-    128: (
-        (Tiling(2, 4, 2, True, 2, False, 1, True), 1),
-        (Tiling(4, 4, 1, True, 1, False, 1, True), 1),
-        (Tiling(4, 2, 1, True, 1, False, 1, False), 2),
-    ),
+    128: ((Tiling(2, 4, 2, True, 2, False, 1, True), 1), (Tiling(4, 2, 1, True, 1, False, 1, False), 2)),
     192: ((Tiling(2, 6, 3, True, 2, False, 1, True), 1), (Tiling(3, 6, 2, True, 1, False, 1, True), 1)),
     256: ((Tiling(2, 8, 4, True, 1, False, 1, True), 1),),
 }
 _MANY = {  # of V1, of V2
     96: (Tiling(4, 1, 1, True, 2, False, 1, True, True), Tiling(4, 1, 1, True, 2, False, 1, True)),
     128: (Tiling(3, 1, 1, True, 1, False, 1, False), Tiling(2, 1, 1, True, 2, True, 1, False, True)),
-    192: (Tiling(4, 2, 1, False, 1, False, 1, True),) * 2,
+    192: (Tiling(4, 2, 1, False, 2, False, 1, False), Tiling(4, 2, 1, False, 1, False, 1, True)),
     256: (Tiling(4, 2, 1, False, 1, False, 1, False),) * 2,
 }
 

@@ -8,6 +8,7 @@ hidden layer each. Weights are packed once, for every number of rows.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ Array = Any
 
 _ARCH = "sm_90a"
 _SHARED = 227 * 1024  # what a block of SM 9.0 may have
+_MORE_THAN_HALF = 116 * 1024  # no two blocks on one multiprocessor: started early, they would leave others empty
 _PORTABLE = 8  # blocks a cluster; more has to be asked for
 _WORTH_IT = 9.0  # microseconds: what C = 384 may take here and still be faster than by several launches
 _NON_PORTABLE_CLUSTER = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
@@ -76,7 +78,8 @@ class Plan(NamedTuple):
             return self.pairs * self.chunk * C * 4 + tiles + hidden * 8 + vectors + barriers
         part, chunks = hidden // self.split, -(-hidden // (64 * self.split))
         operands = 2 * part * C * 2 + self.rows * C * 2 + max(self.rows * part * 2, 1024)
-        return operands + max(chunks * 64, 16 * self.groups) * 4 + vectors + 8 * (2 * chunks + 1)
+        bytes = operands + max(chunks * 64, 16 * self.groups) * 4 + vectors + 8 * (2 * chunks + 1)
+        return max(bytes, _MORE_THAN_HALF)
 
 
 _WALKS = {
@@ -255,16 +258,16 @@ def _share(M: int, C: int, hidden: int, multiprocessors: int) -> tuple[Plan | No
     """The clusters that should take the least time, and a rough idea of that: microseconds on an H100."""
     best, least = None, float("inf")
     for split in (1, 2, 4, 8, 16) if C == 384 else (1, 2, 4, 8):
-        # clusters lie within groups of 16 or 18 multiprocessors, a few of which are not there
-        at_once = multiprocessors if split <= 2 else (7 if split > 8 else multiprocessors // 16) * (16 // split) * split
-        for rows in (16, 24, 32, 48, 64):
+        # clusters lie within groups of up to 18 multiprocessors, some of which are not there
+        at_once = multiprocessors * (1 if split <= 2 else 0.91 if split <= 4 else 0.85)
+        for rows in (16, 24, 32, 48, 64, 96):
             plan = Plan(split, rows, 6 if C == 384 else 4)
             shared = plan.shared(C, hidden, True)
             if hidden % (16 * split) or rows % (2 * split) or rows > hidden // split or shared > _SHARED:
                 continue
             weights, exchanged = 4 * C * hidden / split, 4 * C * rows * (split - 1) / split
-            time = 2 + 8e-6 * weights + 50e-6 * exchanged + 0.02 * rows + (0.9 if shared > _SHARED // 2 else 0)
-            time *= -(-(-(-M // rows) * split) // at_once)
+            time = 2.7 + 8e-6 * weights + 50e-6 * exchanged + 0.03 * rows
+            time *= math.ceil(-(-M // rows) * split / at_once)
             if time < least:
                 best, least = plan, time
     return best, least
@@ -274,14 +277,11 @@ def constants(
     C: int, hidden: int, precision: Precision, post_norm: bool, plan: Plan
 ) -> tuple[dict[str, jit.Constant], int]:
     """The kernel's compile-time constants, and bytes of shared memory."""
-    shared = plan.shared(C, hidden, post_norm)
-    # a second block, of the next launch, may then start while one is still there
-    blocks = 2 if plan.split and plan.groups <= 4 and 2 * (shared + 1024) <= 228 * 1024 else 1
     return {
         "scalar_t": precision.ctype, "C": C, "HIDDEN": hidden, "POST_NORM": post_norm, "SPLIT": plan.split,
-        "ROWS": plan.rows, "GROUPS": plan.groups, "BLOCKS": blocks, "CH": plan.chunk,
+        "ROWS": plan.rows, "GROUPS": plan.groups, "CH": plan.chunk,
         "PAIRS": plan.pairs, "A_SHARED": plan.a_shared,
-    }, shared  # fmt: skip
+    }, plan.shared(C, hidden, post_norm)  # fmt: skip
 
 
 def variants() -> Iterator[jit.Variant]:

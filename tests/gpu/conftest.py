@@ -13,10 +13,11 @@ import pytest
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SOURCES = (
-    "cuda/*.cu*", "swincupy/backend.py", "swincupy/jit.py", "swincupy/engine.py", "swincupy/precision.py",
-    "swincupy/tune.py", "swincupy/ops/fused.py", "swincupy/ops/kernels.py", "swincupy/ops/attention.py",
-    "swincupy/ops/gemm.py", "swincupy/ops/cublaslt.py", "swincupy/ops/cutlass.py",
+    "cuda/*.cu*", "swincupy/backend.py", "swincupy/engine.py", "swincupy/forward.py", "swincupy/jit.py",
+    "swincupy/model.py", "swincupy/parameters.py", "swincupy/precision.py", "swincupy/tune.py", "swincupy/ops/*.py",
 )  # fmt: skip
+#: A whole run, or one of the two parts that make one: tests that share a GPU, over processes (-n), and the others.
+PARTS = {"": "all", "not alone": "shared", "alone": "alone"}
 COUNTS = {"passed": 0, "failed": 0, "skipped": 0}
 
 
@@ -51,14 +52,20 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write the record of a whole run; a run of a few chosen tests leaves the record alone."""
-    chosen = (
-        session.config.option.keyword or session.config.option.markexpr or any("::" in a for a in session.config.args)
-    )
+    """Write the record of a whole run or of a part of one; a run of a few chosen tests leaves the record alone."""
+    option = session.config.option
+    chosen = option.keyword or any("::" in a or a.endswith(".py") for a in session.config.args)
     ran = COUNTS["passed"] + COUNTS["failed"]
-    if not ran or chosen or session.config.option.collectonly or why_no_gpu():
+    if hasattr(session.config, "workerinput") or not ran or chosen or option.markexpr not in PARTS:
         return
-    (ROOT / "tests" / "gpu_report.json").write_text(json.dumps(record(), indent=2) + "\n")
+    if option.collectonly or why_no_gpu() or session.exitstatus not in (0, 1):
+        return
+    path, new = ROOT / "tests" / "gpu_report.json", record()
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    same = all(kept.get(k) == v for k, v in new.items())
+    parts = kept["parts"] if same and option.markexpr else {}
+    new["parts"] = {k: v for k, v in parts.items() if k != "all"} | {PARTS[option.markexpr]: COUNTS}
+    path.write_text(json.dumps(new, indent=2) + "\n")
 
 
 def record() -> dict[str, Any]:
@@ -78,7 +85,6 @@ def record() -> dict[str, Any]:
         "driver": f"CUDA {driver // 1000}.{driver % 1000 // 10}",
         "nvrtc": ".".join(map(str, cupy.cuda.nvrtc.getVersion())),
         "versions": versions,
-        **COUNTS,
         "sources_sha256": sources_hash(),
     }
 

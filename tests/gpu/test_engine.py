@@ -232,6 +232,7 @@ def test_graphs_keep_what_they_read() -> None:
     assert np.array_equal(model(x).get(), want)
 
 
+@pytest.mark.alone
 def test_replays_allocate_nothing_new() -> None:
     model = make(small(), precision="fp16")
     x = cupy.asarray(images(4, 3, 56, 56))
@@ -244,6 +245,7 @@ def test_replays_allocate_nothing_new() -> None:
     assert used() <= before
 
 
+@pytest.mark.alone
 def test_least_recently_used_graphs_go() -> None:
     model = make(small(), precision="fp16")
     model._engine._capacity = 3
@@ -254,9 +256,10 @@ def test_least_recently_used_graphs_go() -> None:
         model(images(batch, 3, 56, 56))
     assert [key[2][0] for key in model._engine._replays] == [5, 1, 6]
     assert used() <= full + 64 * MIB
-    assert model._engine._find((forward.logits, (), (2, 3, 56, 56))) is None
+    assert model._engine._find((forward.logits, (), (2, 3, 56, 56), None)) is None
 
 
+@pytest.mark.alone
 def test_a_deleted_model_gives_its_memory_back() -> None:
     make(small(), precision="fp16")(images(2, 3, 56, 56))  # modules, handles
     before = used()
@@ -267,6 +270,7 @@ def test_a_deleted_model_gives_its_memory_back() -> None:
     assert used() <= before + 2 * MIB
 
 
+@pytest.mark.alone
 def test_out_of_memory() -> None:
     """An error that says what was needed and what there is; nothing leaks, and what fits goes on."""
     model, x = make(small(), precision="fp32"), images(2, 3, 56, 56)
@@ -292,6 +296,7 @@ def test_out_of_memory() -> None:
     assert model(images(64, 3, 224, 224)).shape == (64, 10)
 
 
+@pytest.mark.alone
 def test_too_large_a_batch_without_graphs() -> None:
     model = make(small(), graphs=False)
     used()
@@ -308,6 +313,7 @@ def test_too_large_a_batch_without_graphs() -> None:
 # ------------------------------------------------------------------ for long
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_soak() -> None:
     """Many calls with random batch sizes and shapes over four threads: bitwise what single calls give, memory flat."""

@@ -182,6 +182,7 @@ def test_held_out_accuracy(name: str) -> None:
     assert 100 * counts.trace() / counts.sum() == pytest.approx(float(stated[1]), abs=0.35)  # two digits of 640
 
 
+@pytest.mark.alone
 def test_memory_of_a_large_model() -> None:
     """Swin-L in FP16: at most 1.3 times its weights' bytes, before there are activations."""
     config = registry.named_config("swin_large_patch4_window12_384")

@@ -1,0 +1,84 @@
+"""The wgmma kernel against float64: every tile, epilogue and type; rows that fill no tile; early starts."""
+
+from __future__ import annotations
+
+import pytest
+
+from swincupy import jit
+from swincupy import precision as precisions
+from swincupy.ops import gemm, wgmma
+from tests.gpu.test_gemm import EPILOGUES, distance, draw, plain
+
+cupy = pytest.importorskip("cupy")
+pytestmark = pytest.mark.gpu
+
+# fewer rows than a tile has; more tiles than multiprocessors, so that warpgroups take turns; K of no whole slab
+SIZES = [(333, 160, 200), (1, 32, 512), (9000, 288, 96), (49, 768, 3072)]
+
+
+@pytest.fixture(autouse=True)
+def usable() -> None:
+    if jit.compute_capability() != 90:
+        pytest.skip("the kernel is for SM 9.0")
+
+
+@pytest.mark.parametrize("tile", wgmma.TILES, ids=str)
+@pytest.mark.parametrize("parts", EPILOGUES, ids=lambda p: "+".join(p) or "none")
+@pytest.mark.parametrize("name", ["fp16", "bf16"])
+def test_wgmma_gemm(name: str, parts: tuple[str, ...], tile: wgmma.Tile) -> None:
+    for size in SIZES:
+        if not wgmma.takes(*size[1:], precisions.of(name), tile):
+            continue
+        x, want = draw(name, *size, parts)
+        problem = gemm.Problem(*size, name, "bias" in parts, "gelu" in parts, "residual" in parts)
+        guarded = cupy.full((size[0] + 1, size[1]), cupy.nan, "float16").view(precisions.of(name).storage)
+        out, beyond = guarded[:-1], guarded[-1].copy()
+        for overlap in (False, True):
+            gemm.runner(problem, tile)(x["a"], x["w"], x.get("bias"), x.get("residual"), out, overlap=overlap)
+            error = distance(out, want, name)
+            assert error <= precisions.of(name).tolerance, size
+            assert error <= 2 * distance(plain(x, name, "gelu" in parts), want, name), size
+        assert cupy.array_equal(guarded[-1], beyond), "wrote past the last row"
+
+
+def test_in_place() -> None:
+    x, want = draw("fp16", 3136, 96, 384, ("bias", "residual"))
+    problem = gemm.Problem(3136, 96, 384, "fp16", True, False, True)
+    gemm.runner(problem, wgmma.TILES[1])(x["a"], x["w"], x["bias"], x["residual"], x["residual"])
+    assert distance(x["residual"], want, "fp16") <= 1e-3
+
+
+def test_a_chain_of_kernels_that_start_early() -> None:
+    """Each reads what the one ahead of it writes, and writes over what that one reads; replays find every race."""
+    size = (784, 384, 384)
+    x, _ = draw("fp16", *size, ("bias",))
+    problem = gemm.Problem(*size, "fp16", True, False, False)
+    run = gemm.runner(problem, wgmma.TILES[5])
+    first = x["a"].copy()
+    other = cupy.empty_like(first)
+
+    def steps(overlap: bool) -> None:
+        for _ in range(8):
+            run(first, x["w"], x["bias"], None, other, overlap=overlap)
+            run(other, x["w"], x["bias"], None, first, overlap=overlap)
+
+    steps(False)
+    want = first.copy()
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        cupy.cuda.Device().synchronize()
+        stream.begin_capture(cupy.cuda.runtime.streamCaptureModeThreadLocal)
+        try:
+            steps(True)
+        finally:
+            graph = stream.end_capture()
+        for _ in range(20):
+            first[...] = x["a"]
+            graph.launch(stream)
+            assert cupy.array_equal(first, want)
+
+
+def test_what_it_does_not_take() -> None:
+    fp16 = precisions.of("fp16")
+    assert wgmma.takes(96, 96, fp16) and not wgmma.takes(1000, 768, fp16) and not wgmma.takes(96, 100, fp16)
+    assert not wgmma.takes(96, 96, precisions.of("tf32"))
+    assert not wgmma.takes(96, 96, fp16, next(t for t in wgmma.TILES if t.split == 8))
