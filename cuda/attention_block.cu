@@ -32,8 +32,9 @@ constexpr int WIDTH = 32 * OWN;                               // columns of the 
 constexpr int COLUMNS = WIDTH % 96 == 0 ? 96 : WIDTH % 64 == 0 ? 64 : 32, PARTS = WIDTH / COLUMNS;  // in parts
 constexpr int CHUNKS = OWN + PARTS;                // pieces of the weights that a warpgroup needs in turn
 constexpr int SLOTS = ALONE || PIPELINED ? 2 : 1;  // for them, of each of a team, where not all weights are RESIDENT
-constexpr bool BIAS_EARLY = !ALONE || (!BIAS_SHARED && C * GROUPS <= 384);  // where it has the registers
-constexpr int FETCHERS = TEAM == 1 ? 2 : 1;  // rows of x that a thread fetches and normalises
+constexpr bool BIAS_EARLY = (!ALONE && (TEAMS == 1 || KEYS == 56 || C == 128)) ||
+                            (!BIAS_SHARED && C * GROUPS <= 384);  // where it has the registers
+constexpr int FETCHERS = TEAM == 1 ? 2 : 1;                       // rows of x that a thread fetches and normalises
 
 constexpr int SLAB = 64 * 64, TILE = SLABS * SLAB, KV = 2 * SLAB;  // bytes
 constexpr int HEAD = 96 * C * 2, PART = COLUMNS * C * 2;           // weights of a head's q, k, v; of COLUMNS of Wproj
@@ -492,12 +493,13 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP* GROUPS, 1)
             for (int e = 0; e < 8; ++e)
                 o[2 * i + e / 4][e % 4] = round2<scalar_t>(result[2 * e] * sum[e % 2], result[2 * e + 1] * sum[e % 2]);
             if ((!ALONE || TILES == 1) && i == 0 && more) {  // the next rows come into the second level cache
-                next = place(window + step);
+                const Rows rows = place(window + step);
+                if (ALONE) next = rows;
 #pragma unroll
                 for (int r = 0; r < 2; ++r)
 #pragma unroll
                     for (int k = 0; k < SLABS; k += 2)
-                        if (member == 0) prefetch(x + size_t(next.row[r] & ROW) * C + k * 32 + lane() % 4 * 8);
+                        if (member == 0) prefetch(x + size_t(rows.row[r] & ROW) * C + k * 32 + lane() % 4 * 8);
             }
         }
 
@@ -697,6 +699,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP* GROUPS, 1)
         // ---- the next window
         if (more) {
             if constexpr (!ALONE) team_barrier();  // everyone has read x and the heads' results
+            if constexpr (!ALONE) next = place(window + step);
             if constexpr (!ALONE || TILES == 1) {
                 fetch(TEAM == 1 ? next : locate(window + step, fetched(0), 0), tile);
             } else {

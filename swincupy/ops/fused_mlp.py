@@ -88,6 +88,7 @@ _WALKS = {
     192: Plan(0, 64, 3, pairs=3, a_shared=True),
     256: Plan(0, 64, 2, pairs=3),
 }
+_LEAST = {192: 6000, 256: 9000}  # rows for which walking beats a kernel for each step
 
 
 def takes(C: int, hidden: int, precision: Precision, M: int | None = None) -> bool:
@@ -103,7 +104,8 @@ def takes(C: int, hidden: int, precision: Precision, M: int | None = None) -> bo
     if precision.storage.itemsize != 2 or hidden % 64 or hidden <= 0 or jit.compute_capability() != 90:
         return False
     if C in _WALKS:
-        return walk(C, hidden).shared(C, hidden, True) <= _SHARED
+        fits = walk(C, hidden).shared(C, hidden, True) <= _SHARED
+        return fits and (M is None or M >= _LEAST.get(C, 0) or choose(M, C, hidden, 132).split > 0)
     return C == 384 and _share(M or 1, C, hidden, 132)[1] < _WORTH_IT
 
 
@@ -260,7 +262,7 @@ def _share(M: int, C: int, hidden: int, multiprocessors: int) -> tuple[Plan | No
     for split in (1, 2, 4, 8, 16) if C == 384 else (1, 2, 4, 8):
         # clusters lie within groups of up to 18 multiprocessors, some of which are not there
         at_once = multiprocessors * (1 if split <= 2 else 0.91 if split <= 4 else 0.85)
-        for rows in (16, 24, 32, 48, 64, 96):
+        for rows in (16, 24, 32, 48, 64):
             plan = Plan(split, rows, 6 if C == 384 else 4)
             shared = plan.shared(C, hidden, True)
             if hidden % (16 * split) or rows % (2 * split) or rows > hidden // split or shared > _SHARED:
@@ -286,12 +288,13 @@ def constants(
 
 def variants() -> Iterator[jit.Variant]:
     """The kernels of published models, for checks that they compile."""
-    for name in ("fp16", "bf16"):
+    sizes = (
+        (96, 4, 100352), (128, 4, 100352), (192, 4, 25088), (256, 4, 25088), (96, 8, 100352), (192, 2, 25088),
+        (96, 4, 3136), (128, 4, 3136), (192, 4, 784), (256, 4, 784), (384, 4, 196), (96, 2, 1),
+    )  # fmt: skip
+    for precision in (precisions.of(name) for name in ("fp16", "bf16")):
         for post_norm in (False, True):
-            for C, ratio, M in (
-                (96, 4, 100352), (128, 4, 100352), (192, 4, 25088), (256, 4, 25088), (96, 8, 100352), (192, 2, 25088),
-                (96, 4, 3136), (128, 4, 3136), (192, 4, 784), (256, 4, 784), (384, 4, 196), (96, 2, 1),
-            ):  # fmt: skip
+            for C, ratio, M in sizes:
                 plan = choose(M, C, ratio * C, 132)
-                fixed, _ = constants(C, ratio * C, precisions.of(name), post_norm, plan)
+                fixed, _ = constants(C, ratio * C, precision, post_norm, plan)
                 yield jit.Variant("mlp_block", fixed, 90, _ARCH)
