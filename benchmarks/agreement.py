@@ -38,7 +38,7 @@ def main() -> None:
         distances = []
         for precision, pixels in (("fp64", x.astype(np.float64)), ("fp32", x)):
             theirs = reference.answers(pixels)
-            model = swincupy.load(reference.state_dict(), config=case.config, precision=precision)
+            model = swincupy.load(reference.state_dict(), config=case.config, precision=precision, device="cpu")
             ours = ask(model, pixels, theirs)
             distances.append(max(float(np.abs(ours[k] - y).max() / np.abs(y).max()) for k, y in theirs.items()))
         found[case.source, case.config.version].append((distances[1], distances[0]))

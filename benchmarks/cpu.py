@@ -50,7 +50,7 @@ def speed(variant: str, batches: list[int], threads: int, rounds: int) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     peer = timm.create_model(variant, pretrained=False).eval()
-    model = swincupy.load(peer.state_dict(), config=CONFIGS[variant])
+    model = swincupy.load(peer.state_dict(), config=CONFIGS[variant], device="cpu")
     versions = f"torch {torch.__version__}, numpy {np.__version__}"
     print(f"{variant}, {threads} threads, float32; {versions}; median of {rounds}")
     print(f"{'batch':>5} {'torch ms':>9} {'swincupy ms':>12} {'ratio':>6} {'max difference':>15}")
@@ -95,7 +95,7 @@ def memory(variant: str) -> None:
             os._exit(0)
         os.wait()
         weights = path.stat().st_size
-        model = swincupy.load(path)
+        model = swincupy.load(path, device="cpu")
         pixels = np.zeros((1, config.in_chans, *config.image), np.float32)
         start = time.perf_counter()
         model(pixels)

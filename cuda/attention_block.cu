@@ -32,9 +32,9 @@ constexpr int WIDTH = 32 * OWN;                               // columns of the 
 constexpr int COLUMNS = WIDTH % 96 == 0 ? 96 : WIDTH % 64 == 0 ? 64 : 32, PARTS = WIDTH / COLUMNS;  // in parts
 constexpr int CHUNKS = OWN + PARTS;                // pieces of the weights that a warpgroup needs in turn
 constexpr int SLOTS = ALONE || PIPELINED ? 2 : 1;  // for them, of each of a team, where not all weights are RESIDENT
-constexpr bool BIAS_EARLY = (!ALONE && (TEAMS == 1 || KEYS == 56 || C == 128)) ||
-                            (!BIAS_SHARED && C * GROUPS <= 384);  // where it has the registers
-constexpr int FETCHERS = TEAM == 1 ? 2 : 1;                       // rows of x that a thread fetches and normalises
+constexpr bool BIAS_EARLY =                        // where it has the registers
+    ALONE ? !BIAS_SHARED && C * GROUPS <= 384 : TEAMS == 1 || C == 128 || (C == 192 && KEYS == 56);
+constexpr int FETCHERS = TEAM == 1 ? 2 : 1;  // rows of x that a thread fetches and normalises
 
 constexpr int SLAB = 64 * 64, TILE = SLABS * SLAB, KV = 2 * SLAB;  // bytes
 constexpr int HEAD = 96 * C * 2, PART = COLUMNS * C * 2;           // weights of a head's q, k, v; of COLUMNS of Wproj
@@ -55,7 +55,7 @@ constexpr float LOG2_E = 1.4426950408889634f;
 static_assert(C % 32 == 0 && HEADS % SPLIT == 0 && SPLIT % CLUSTER == 0 && GROUPS % TEAM == 0);
 static_assert((WINDOW == 7 || WINDOW == 8) && (ALONE || !A_REGISTERS));
 static_assert(CLUSTER == 1 || (TEAMS == 1 && RESIDENT));
-static_assert(RESIDENT || (PART <= HEAD && CHUNKS % SLOTS == 0));
+static_assert(RESIDENT || (PART <= HEAD && CHUNKS % (2 * SLOTS) == 0));  // a chunk's slot and parity stay the same
 
 // Bit 4 j + e: key 8 j + 2 (lane % 4) + e % 2 and query row + 8 (e / 2) are on different sides of the row (or column)
 // where the shift's second region begins.
@@ -95,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP* GROUPS, 1)
 
     // ---- windows: number, rows in global memory, edges
     const int blocks = gridDim.x / CLUSTER, block = blockIdx.x / CLUSTER, step = blocks * TEAMS;
-    const int rounds = ceil_div(ceil_div(windows - block, blocks), TEAMS);
+    int rounds = ceil_div(ceil_div(windows - block, blocks), TEAMS);  // that are left
     int window = block + team * blocks;
 
     // Rows of x of two tokens of a window, and in the high bits of the first on which edges the window lies where the
@@ -157,19 +157,19 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP* GROUPS, 1)
         }
     };
     unsigned weights = 0;
-    auto acquire = [&](int chunk, int round) -> unsigned {  // where it is, once it is there
-        forget_origin(weights);                             // as below
+    auto acquire = [&](int chunk) -> unsigned {  // where it is, once it is there
+        forget_origin(weights);                  // as below
         if constexpr (RESIDENT) {
             const unsigned head = chunk * TEAM + member;
             barrier_wait(&barriers[chunk < OWN ? head : BLOCK_HEADS], 0);
             return weights + (chunk < OWN ? head * HEAD : PROJ_AT + (member * PARTS + chunk - OWN) * COLUMNS * 64);
         } else {
             const unsigned slot = member * SLOTS + chunk % SLOTS;
-            barrier_wait(&barriers[slot], (round * (CHUNKS / SLOTS) + chunk / SLOTS) % 2);
+            barrier_wait(&barriers[slot], chunk / SLOTS % 2);
             return weights + slot * HEAD;
         }
     };
-    auto release = [&](int chunk, int round) {
+    auto release = [&](int chunk) {
         if constexpr (!RESIDENT) {
             if (lane() == 0) {  // the last warp that was to read it sends for what comes next in its slot
                 const unsigned slot = member * SLOTS + chunk % SLOTS;
@@ -180,7 +180,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP* GROUPS, 1)
                              : "memory");
                 if (before == 4 * TEAMS - 1) {
                     releases[slot] = 0;
-                    if (chunk + SLOTS < CHUNKS || round + 1 < rounds) send(member, (chunk + SLOTS) % CHUNKS);
+                    if (chunk + SLOTS < CHUNKS || rounds > 1) send(member, (chunk + SLOTS) % CHUNKS);
                 }
             }
             __syncwarp();
@@ -242,11 +242,11 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP* GROUPS, 1)
     if (window < windows) fetch(next, tile);
     barrier_wait(&barriers[WEIGHT_BARRIERS], 0);
 
-    for (int round = 0; RESIDENT ? window < windows : round < rounds; ++round, window += step) {
+    for (; RESIDENT ? window < windows : rounds > 0; --rounds, window += step) {
         if (!RESIDENT && window >= windows) {  // nothing left, but other teams wait for their weights
             if constexpr (!RESIDENT)
 #pragma unroll 1
-                for (int i = 0; i < CHUNKS; ++i) acquire(i, round), release(i, round);
+                for (int i = 0; i < CHUNKS; ++i) acquire(i), release(i);
             continue;
         }
         forget();
@@ -315,7 +315,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP* GROUPS, 1)
         float qkv[48];
         auto multiply = [&](int i) {
             forget();
-            const unsigned long long b = tile_at(acquire(i, round)), rows = tile_at(normed());
+            const unsigned long long b = tile_at(acquire(i)), rows = tile_at(normed());
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < STEPS; ++k) {
@@ -354,7 +354,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP* GROUPS, 1)
             if (BIAS_EARLY) load_bias();  // on its way during the product
             wgmma_wait<0>();
             hold(qkv);
-            release(i, round);
+            release(i);
             if (!ALONE && TEAMS == 1 && i == OWN - 1) cluster_arrive();  // the tile that was multiplied is free
 
             // biases, and norms
@@ -394,6 +394,8 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP* GROUPS, 1)
                 }
             }
 
+            if (!BIAS_EARLY) load_bias();
+
             // k and v to shared memory; of two buffers the other warps are done with this one since the last barrier
             if (KV_BUFFERS == 1 && (i > 0 || A_REGISTERS)) named_barrier<WARPGROUP>(1 + group);
 #pragma unroll
@@ -407,7 +409,6 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP* GROUPS, 1)
                 }
 
             // logits: the sums start as bias and mask
-            if (!BIAS_EARLY) load_bias();
             float s[KEYS / 2];
 #pragma unroll
             for (int p = 0; p < 4; ++p) {
@@ -555,7 +556,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP* GROUPS, 1)
             float sums[COLUMNS / 2];
             {
                 constexpr int LINES = RESIDENT ? BLOCK_HEADS * 32 : COLUMNS;  // of a slab of the weights
-                const unsigned long long b = tile_at(acquire(OWN + part, round)), heads = tile_at(other);
+                const unsigned long long b = tile_at(acquire(OWN + part)), heads = tile_at(other);
                 wgmma_fence();
 #pragma unroll
                 for (int k = 0; k < STEPS; ++k) {
@@ -585,7 +586,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP* GROUPS, 1)
             }
             wgmma_wait<0>();
             hold(sums);
-            release(OWN + part, round);
+            release(OWN + part);
             if (ALONE && TILES == 1 && !COSINE) copy_async_wait<0>();
 #pragma unroll
             for (int k = 0; k < COLUMNS / 32; ++k) {

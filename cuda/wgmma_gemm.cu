@@ -177,13 +177,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
                 const int unit = part * (UNITS / SPLIT) + i, h = unit % 2, t = unit / 2 % TALL, c = unit / 2 / TALL;
                 const int m = m_of(first) + row_of(t, h), n = n_of(first) + c * 32 + lane % 4 * 8;
                 if (m >= M || n >= N) continue;
-                float z[8] = {};
+                float parts_of[SPLIT][8], z[8] = {};
 #pragma unroll
                 for (int p = 0; p < SPLIT; ++p)
 #pragma unroll
                     for (int e = 0; e < 8; ++e)
-                        z[e] += load_of_cluster(
+                        parts_of[p][e] = load_of_cluster(
                             parts + (t * (BN / 2) + c * 16 + e / 2 * 4 + h * 2 + e % 2) * WARPGROUP + thread, p);
+#pragma unroll
+                for (int p = 0; p < SPLIT; ++p)
+#pragma unroll
+                    for (int e = 0; e < 8; ++e) z[e] += parts_of[p][e];
                 if constexpr (GELU) {
 #pragma unroll
                     for (int e = 0; e < 8; ++e) z[e] = gelu_16_bit(z[e]);
@@ -192,6 +196,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
             }
         }
         __syncwarp();
-        cluster_barrier();  // the other blocks are done with this one's shared memory
+        cluster_arrive_relaxed(), cluster_wait();  // the other blocks are done with this one's shared memory
     }
 }

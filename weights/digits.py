@@ -112,7 +112,7 @@ def confusion(model: Callable[[list[Image.Image]], NDArray[np.floating[Any]]]) -
 def measure(path: Path = WEIGHTS) -> None:
     import swincupy
 
-    counts = confusion(swincupy.load(path))
+    counts = confusion(swincupy.load(path, device="cpu"))
     right, total = int(counts.trace()), int(counts.sum())
     print(f"held-out accuracy {100 * right / total:.2f} % ({right} of {total})")
     for true, said in np.argwhere(counts - np.diag(counts.diagonal())):

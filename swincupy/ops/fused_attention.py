@@ -242,7 +242,7 @@ _FEW = {
     256: ((Tiling(2, 8, 4, True, 1, False, 1, True), 1),),
 }
 _MANY = {  # of V1, of V2
-    96: (Tiling(4, 1, 1, True, 2, False, 1, True, True), Tiling(4, 1, 1, True, 2, False, 1, True)),
+    96: (Tiling(4, 1, 1, True, 2, False, 1, True),) * 2,
     128: (Tiling(3, 1, 1, True, 1, False, 1, False), Tiling(2, 1, 1, True, 2, True, 1, False, True)),
     192: (Tiling(4, 2, 1, False, 2, False, 1, False), Tiling(4, 2, 1, False, 1, False, 1, True)),
     256: (Tiling(4, 2, 1, False, 1, False, 1, False), Tiling(2, 1, 1, False, 1, False, 2, False, True)),

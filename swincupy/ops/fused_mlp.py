@@ -105,7 +105,7 @@ def takes(C: int, hidden: int, precision: Precision, M: int | None = None) -> bo
         return False
     if C in _WALKS:
         fits = walk(C, hidden).shared(C, hidden, True) <= _SHARED
-        return fits and (M is None or M >= _LEAST.get(C, 0) or choose(M, C, hidden, 132).split > 0)
+        return fits and (M is None or _LEAST.get(C, 0) <= M or choose(M, C, hidden, 132).split > 0)
     return C == 384 and _share(M or 1, C, hidden, 132)[1] < _WORTH_IT
 
 

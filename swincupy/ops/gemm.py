@@ -191,7 +191,7 @@ def _decide(problem: Problem, arrays: tuple[Array, ...]) -> Run:
     if cupy.cuda.get_current_stream().is_capturing():
         found = choices(problem, 1, ())
     else:
-        found = choices(problem, 8, likely(problem))
+        found = choices(problem, 6, likely(problem))
     if not found:
         return _Padded(problem)
     if len(found) > 1:
@@ -206,7 +206,7 @@ def likely(problem: Problem) -> tuple[Tile | wgmma.Tile, ...]:
 
     p = problem
     if wgmma.takes(p.N, p.K, precisions.of(p.precision)):
-        return tuple(wgmma.likely(p.M, p.N, p.K, jit.multiprocessors(cupy.cuda.device.get_device_id())))
+        return wgmma.likely(p.M, p.N, p.K, jit.multiprocessors(cupy.cuda.device.get_device_id()))
     return TILES[:2] if p.gelu else ()
 
 
@@ -401,7 +401,7 @@ def _microseconds(run: Callable[[], None], stream: Any, budget: float) -> float:
         stop.synchronize()
         return float(get_elapsed_time(start, stop))
 
-    count = min(max(int(1e3 * budget / 4 / milliseconds(run)), 4), 64)
+    count = min(max(int(1e3 * budget / 4 / milliseconds(run)), 4), 24)
     stream.begin_capture(runtime.streamCaptureModeThreadLocal)
     try:
         for _ in range(count):

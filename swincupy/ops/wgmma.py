@@ -40,11 +40,10 @@ class Tile(NamedTuple):
         return 384 if self.groups == 2 else 160
 
 
-#: Large ones for many rows: two warpgroups take turns. Small ones for few; the last share K in a cluster.
+#: Large ones for many rows, whose two warpgroups take turns; then small ones, the last with K shared in a cluster.
 TILES = (
     Tile(128, 192, 2, 4, 1), Tile(128, 96, 2, 6, 1), Tile(64, 192, 2, 6, 1), Tile(64, 96, 2, 6, 1),
-    Tile(64, 96, 1, 6, 1), Tile(64, 64, 1, 6, 1), Tile(64, 32, 1, 8, 1),
-    Tile(64, 64, 1, 6, 4), Tile(64, 128, 1, 6, 8),
+    Tile(64, 64, 1, 6, 1), Tile(64, 32, 1, 8, 1), Tile(64, 64, 1, 6, 4),
 )  # fmt: skip
 
 
@@ -55,18 +54,10 @@ def takes(N: int, K: int, precision: Precision, tile: Tile | None = None) -> boo
     return tile is None or tile.split * 64 <= K
 
 
-def likely(M: int, N: int, K: int, multiprocessors: int, *, most: int = 3) -> list[Tile]:
-    """The tiles that are worth a try, by a rough count of what they take; the best guess first."""
-
-    def microseconds(t: Tile) -> float:
-        tiles, slabs = -(-M // t.bm) * -(-N // t.bn) * t.split, -(-K // 64) / t.split
-        rounds = -(-tiles // multiprocessors)
-        multiply = rounds * slabs * (t.bm * max(t.bn, 64) / 32 + 40) / 1700
-        fetch = tiles * slabs * (t.bm + t.bn) * 128 / 6e6  # from L2
-        ends = 1.5 + t.bm * t.bn / 16e3  # hidden by a second group where there is work for it
-        return max(multiply, fetch) + ends * (1 if t.groups == 2 else rounds) + (t.split > 1) * 0.8
-
-    return sorted((t for t in TILES if t.split * 64 <= K), key=microseconds)[:most]
+def likely(M: int, N: int, K: int, multiprocessors: int) -> tuple[Tile, ...]:
+    """The tiles that are worth a try: large ones where there is one for each multiprocessor, else small ones."""
+    tiles = TILES[:4] if multiprocessors <= -(-M // 128) * -(-N // 96) else TILES[3:]
+    return tuple(t for t in tiles if t.split * 64 <= K)
 
 
 class Product:

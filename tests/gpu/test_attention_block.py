@@ -70,7 +70,7 @@ def launch(case: Case, arrays: dict[str, np.ndarray], precision: Precision, **mo
 def check(case: Case, name: str, tiling: Tiling | None = None) -> None:
     """At most twice as far from float64 as the composition of rounded steps; also without the residual."""
     precision = precisions.of(name)
-    seed = int(np.random.SeedSequence().entropy % 2**32)
+    seed = int(np.random.default_rng().integers(2**32))
     arrays = arrays_of(case, precision, seed)
     out = launch(case, arrays, precision, tiling=tiling)
     assert cupy.array_equal(out.view(np.uint16), launch(case, arrays, precision, tiling=tiling).view(np.uint16))
@@ -182,8 +182,7 @@ def test_stream_and_capture() -> None:
 def test_registers_are_not_spilled() -> None:
     for v in fused_attention.variants():
         raw = jit.kernel(v.name, arch=v.arch, **v.constants).raw
-        # the numbers of a window's rows may wait there
-        assert raw.local_size_bytes <= 16, f"{v.constants}: {raw.local_size_bytes} bytes of local memory"
+        assert raw.local_size_bytes == 0, f"{v.constants}: {raw.local_size_bytes} bytes of local memory"
 
 
 def test_takes_and_refuses() -> None:
