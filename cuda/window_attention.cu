@@ -104,9 +104,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     wait_for_kernels_ahead();
     if constexpr (Q_TILES == 1 && STAGES * BLOCK_STRIPS == WARPS) {  // all at once, each warp the tokens of its queries
 #pragma unroll
-        for (unsigned s = 0; s < STAGES; ++s) {
+        for (unsigned s = 0; s < STAGES; ++s) {  // the queries first: the first block of keys meets them all
             const unsigned i = warp - s * BLOCK_STRIPS;
-            if (i < BLOCK_STRIPS) copy_strip(Q | KV, warp, &queries[warp * 16], &keys[s][i * 16], &values[s][i * 16]);
+            const int parts = (s == 0 ? Q : 0) | (i < BLOCK_STRIPS ? KV : 0);
+            if (parts) copy_strip(parts, warp, &queries[warp * 16], &keys[s][i * 16], &values[s][i * 16]);
             copy_async_commit();
         }
     } else {

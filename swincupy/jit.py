@@ -199,8 +199,9 @@ def _build(name: str, constants: dict[str, Constant], arch: str | None) -> Kerne
     import cupy
 
     options = _OPTIONS if arch is None else (*_OPTIONS, f"-arch={arch}")
-    raw = cupy.RawModule(code=source(name, constants), options=(*options, *_include(name))).get_function(name)
+    module = cupy.RawModule(code=source(name, constants), options=(*options, *_include(name)))
     try:
+        raw = module.get_function(name)
         raw.compile()
     except cupy.cuda.compiler.CompileException as error:
         sm = cupy.cuda.Device().compute_capability

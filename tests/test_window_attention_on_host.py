@@ -64,6 +64,7 @@ HOST_CASES = [
     Case((7, 7), (10, 11), (3, 3), d=24, cosine=True, biased=False),
     Case((7, 7), (7, 7), d=5, num_heads=3),
     Case((14, 7), (20, 9), (7, 3), num_heads=1),
+    Case((12, 12), (13, 12), (6, 6), num_heads=1, d=24),
     Case((16, 16), (16, 17), (0, 8), num_heads=1, d=48, cosine=True),
     Case((1, 1), (3, 2)),
 ]

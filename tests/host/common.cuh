@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <vector>
 
 #define __global__
@@ -33,7 +34,10 @@ static float2 make_float2(float x, float y) { return {x, y}; }
 
 namespace host {
 struct Barrier { int count = 0, turn = 0; };
+struct Copy { void* to; const void* from; int bytes; };
+struct Copies { std::vector<Copy> open; std::deque<std::vector<Copy>> groups; };  // of a thread, in the order of its commits
 struct Block {
+    std::vector<Copies> copies;
     std::vector<ucontext_t> fibers;
     std::vector<std::vector<char>> stacks;
     std::vector<bool> done;
@@ -70,7 +74,7 @@ inline void launch(Index grid, int threads, void (*kernel)()) {
     for (unsigned z = 0; z < grid.z; ++z)
         for (unsigned y = 0; y < grid.y; ++y)
             for (unsigned x = 0; x < grid.x; ++x) {
-                block.index = {x, y, z}, block.all = {};
+                block.index = {x, y, z}, block.all = {}, block.copies.assign(threads, {});
                 block.done.assign(threads, false), block.warps.assign((threads + 31) / 32, {});
                 for (int i = 0; i < threads; ++i) {
                     ucontext_t& f = block.fibers[i];
@@ -154,13 +158,23 @@ static uint4 load_now(const void* p) {
     std::memcpy(&x, p, 16);
     return x;
 }
+// Asynchronous copies arrive as late as they may: when their group is waited for.
 template <int BYTES>
 void copy_async(void* to, const void* from, bool valid) {
-    valid ? std::memcpy(to, from, BYTES) : std::memset(to, 0, BYTES);
+    host::block.copies[host::block.current].open.push_back({to, valid ? from : nullptr, BYTES});
 }
-static void copy_async_commit() {}
+static void copy_async_commit() {
+    host::Copies& mine = host::block.copies[host::block.current];
+    mine.groups.push_back({});
+    mine.groups.back().swap(mine.open);
+}
 template <int N>
-void copy_async_wait() {}
+void copy_async_wait() {
+    std::deque<std::vector<host::Copy>>& groups = host::block.copies[host::block.current].groups;
+    for (; groups.size() > N; groups.pop_front())
+        for (const host::Copy& c : groups.front())
+            c.from ? std::memcpy(c.to, c.from, c.bytes) : std::memset(c.to, 0, c.bytes);
+}
 
 // Deposits a word, gives the words of all lanes of the warp; the second wait keeps them until all have read.
 template <typename F>
