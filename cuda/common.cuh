@@ -203,6 +203,15 @@ DEVICE float gelu_16_bit(float x) {
     return fmaf(half, t, half);
 }
 
+// The gelu that is exact to a rounding of T.
+template <typename T>
+DEVICE float gelu_to(float x) {
+    if constexpr (sizeof(T) == 2)
+        return gelu_16_bit(x);
+    else
+        return gelu(x);
+}
+
 // ---------------------------------------------------------------- shared memory
 
 DEVICE unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }

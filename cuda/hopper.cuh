@@ -171,7 +171,7 @@ DEVICE unsigned round2(float lo, float hi) {
 
 // ---------------------------------------------------------------- products of a warpgroup
 //
-// wgmma, D[64, N] += A[64, 16] B[16, N] of 16-bit elements. Warp w of the warpgroup has rows 16 w .. 16 w + 15; its
+// wgmma, D[64, N] += A[64, K] B[K, N], K = 16 of 16-bit elements, 8 of floats that the copy engine rounded to tf32. Warp w of the warpgroup has rows 16 w .. 16 w + 15; its
 // lane of group g = lane / 4 and thread t = lane % 4 holds, of each eight columns j, d[4 j + 0, 1] = D[g][8 j + 2 t, + 1]
 // and d[4 j + 2, 3] = D[g + 8][the same]; A in registers is as in mma_16x8x16.
 //
@@ -249,12 +249,12 @@ DEVICE unsigned long long descriptor_plain(unsigned address, int k_stride, int r
 #define WGMMA_R128(C, d) WGMMA_R96(C, d), WGMMA_S16(C, d, 96), WGMMA_S16(C, d, 112)
 
 // The instruction: N columns, n of them sums a thread, C "+f" (add to them) or "=f" (write them); operands from %n on.
-#define WGMMA_SS(N, n, C, TYPE, a_at, b_at, add_at, trans_at)                                    \
-    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " add_at                                  \
-                 ", 0;\n"                                                                        \
-                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" WGMMA_D##n \
-                 "}, " a_at ", " b_at ", add, 1, 1, 0, " trans_at ";\n}"                         \
-                 : WGMMA_R##n(C, d)                                                              \
+#define WGMMA_SS(N, n, C, STEP, TYPE, a_at, b_at, add_at, trans)                                   \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " add_at                                    \
+                 ", 0;\n"                                                                          \
+                 "wgmma.mma_async.sync.aligned.m64n" #N STEP ".f32." TYPE "." TYPE " {" WGMMA_D##n \
+                 "}, " a_at ", " b_at ", add, 1, 1" trans ";\n}"                                   \
+                 : WGMMA_R##n(C, d)                                                                \
                  : "l"(a), "l"(b), "r"(add), "n"(TRANSPOSED))
 #define WGMMA_RS(N, n, C, TYPE, a_at, b_at, add_at, trans_at)                                    \
     asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " add_at                                  \
@@ -265,22 +265,26 @@ DEVICE unsigned long long descriptor_plain(unsigned address, int k_stride, int r
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(TRANSPOSED))
 
 // wgmma(d, a, b, add): d = a b + (add ? d : 0). wgmma_first(d, a, b): d = a b, the sums before do not matter, nor cost registers.
-// a is a descriptor or four registers, b a descriptor of [N, 16], or of [16, N] where TRANSPOSED.
+// a is a descriptor or four registers (16-bit elements), b a descriptor of [N, K], or of [K, N] where TRANSPOSED.
 #define WGMMA(N, n, ss0, ss1, ss2, ss3, rs0, rs1, rs2, rs3)                                       \
     template <typename T, int TRANSPOSED = 0>                                                     \
     DEVICE void wgmma(float (&d)[n], unsigned long long a, unsigned long long b, int add = 1) {   \
         if constexpr (is_same<T, __half>)                                                         \
-            WGMMA_SS(N, n, "+f", "f16", ss0, ss1, ss2, ss3);                                      \
+            WGMMA_SS(N, n, "+f", "k16", "f16", ss0, ss1, ss2, ", 0, " ss3);                       \
+        else if constexpr (is_same<T, float>)                                                     \
+            WGMMA_SS(N, n, "+f", "k8", "tf32", ss0, ss1, ss2, "");                                \
         else                                                                                      \
-            WGMMA_SS(N, n, "+f", "bf16", ss0, ss1, ss2, ss3);                                     \
+            WGMMA_SS(N, n, "+f", "k16", "bf16", ss0, ss1, ss2, ", 0, " ss3);                      \
     }                                                                                             \
     template <typename T, int TRANSPOSED = 0>                                                     \
     DEVICE void wgmma_first(float (&d)[n], unsigned long long a, unsigned long long b) {          \
         const int add = 0;                                                                        \
         if constexpr (is_same<T, __half>)                                                         \
-            WGMMA_SS(N, n, "=f", "f16", ss0, ss1, ss2, ss3);                                      \
+            WGMMA_SS(N, n, "=f", "k16", "f16", ss0, ss1, ss2, ", 0, " ss3);                       \
+        else if constexpr (is_same<T, float>)                                                     \
+            WGMMA_SS(N, n, "=f", "k8", "tf32", ss0, ss1, ss2, "");                                \
         else                                                                                      \
-            WGMMA_SS(N, n, "=f", "bf16", ss0, ss1, ss2, ss3);                                     \
+            WGMMA_SS(N, n, "=f", "k16", "bf16", ss0, ss1, ss2, ", 0, " ss3);                      \
     }                                                                                             \
     template <typename T, int TRANSPOSED = 0>                                                     \
     DEVICE void wgmma(float (&d)[n], const unsigned (&a)[4], unsigned long long b, int add = 1) { \

@@ -1,17 +1,17 @@
 // wgmma_gemm   out[m, n] = act(sum_k a[m, k] w[n, k] + bias[n]) + residual[m, n],  act = the exact gelu where GELU
 // shapes       a [M, K], w [N, K] by their tensor maps; bias [N] scalar_t or null; residual, out [M, N] scalar_t;
 //              residual may be null or out, and is null where GELU; everything on 16 bytes
-// math         products on tensor cores, fp32 sums, which begin at bias + residual
+// math         products on tensor cores, of float in tf32; fp32 sums, which begin at bias + residual
 // grid         a tile [BM, BN] of out after the other, those of a row side by side; GROUPS warpgroups multiply, in turns:
 //              one stores while the other multiplies. One warp fetches. With SPLIT > 1 the blocks of a cluster share a
 //              tile's K and add up their parts in order. Shared memory: Tile.shared in ops/wgmma.py
-// constants    scalar_t = __half | __nv_bfloat16; BM = 64 or 128, BN = 32, 64, 96, 128, 192 or 256; GROUPS = 1 or 2;
+// constants    scalar_t = float | __half | __nv_bfloat16; BM = 64 or 128, BN = 32, 64, 96, 128, 192 or 256; GROUPS = 1 or 2;
 //              STAGES >= 2; SPLIT = 1, 2, 4 or 8, which divides BM BN / 1024, and then GROUPS == 1; GELU. N % 32 == 0,
-//              K % 8 == 0
+//              the bytes of K are a multiple of 16
 // arch, bound  sm_90a only; memory-bound for K < 300, then L2 or tensor cores
 #include "hopper.cuh"
 
-constexpr int SLAB = 128, BK = 64;  // bytes and elements of k that a stage holds of each row
+constexpr int SLAB = 128, BK = SLAB / sizeof(scalar_t);  // bytes and elements of k that a stage holds of each row
 constexpr int STAGE = (BM + BN) * SLAB, MULTIPLIERS = GROUPS * WARPGROUP;
 // Two groups take the registers of the fetching warps, which can be given a warpgroup at a time.
 constexpr int THREADS = MULTIPLIERS + (GROUPS == 2 ? WARPGROUP : WARP);
@@ -149,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
 #pragma unroll
                             for (int e = 0; e < 8; ++e) {
                                 z[e] = sum[t][c * 16 + e / 2 * 4 + h * 2 + e % 2];
-                                if constexpr (GELU) z[e] = gelu_16_bit(z[e]);
+                                if constexpr (GELU) z[e] = gelu_to<scalar_t>(z[e]);
                             }
                             const int m = m0 + row_of(t, h);
                             if (m < M) store<8>(out + static_cast<size_t>(m) * N + n, z);
@@ -190,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
                     for (int e = 0; e < 8; ++e) z[e] += parts_of[p][e];
                 if constexpr (GELU) {
 #pragma unroll
-                    for (int e = 0; e < 8; ++e) z[e] = gelu_16_bit(z[e]);
+                    for (int e = 0; e < 8; ++e) z[e] = gelu_to<scalar_t>(z[e]);
                 }
                 store<8>(out + static_cast<size_t>(m) * N + n, z);
             }

@@ -49,9 +49,9 @@ TILES = (
 
 def takes(N: int, K: int, precision: Precision, tile: Tile | None = None) -> bool:
     """Whether the kernel computes products of this width and depth here (with this tile, where one is given)."""
-    if N % 32 or K % 8 or precision.storage.itemsize != 2 or jit.compute_capability() != 90:
+    if N % 32 or K % 8 or precision.name == "fp32" or jit.compute_capability() != 90:
         return False
-    return tile is None or tile.split * 64 <= K
+    return tile is None or tile.split * (tensor_maps.SLAB // precision.storage.itemsize) <= K
 
 
 def likely(M: int, N: int, K: int, multiprocessors: int) -> tuple[Tile, ...]:
@@ -68,7 +68,7 @@ class Product:
     M, N, K : int
         a [M, K], w [N, K], out and residual [M, N], C-contiguous; N a multiple of 32, K of 8.
     precision : Precision
-        "fp16" or "bf16".
+        Not fp32.
     gelu : bool
     tile : Tile
 
@@ -120,6 +120,6 @@ def constants(tile: Tile, precision: Precision, *, gelu: bool) -> dict[str, jit.
 def variants() -> Iterator[jit.Variant]:
     """The kernels that a search may try, for checks that they compile."""
     for tile in TILES:
-        for name in ("fp16", "bf16") if tile == TILES[0] else ("fp16",):
+        for name in ("fp16", "bf16", "tf32") if tile == TILES[1] else ("fp16",):
             c = constants(tile, precisions.of(name), gelu=tile.bm == 128)
             yield jit.Variant("wgmma_gemm", c, 90, _ARCH)

@@ -24,21 +24,23 @@ def usable() -> None:
 
 @pytest.mark.parametrize("tile", wgmma.TILES, ids=str)
 @pytest.mark.parametrize("parts", EPILOGUES, ids=lambda p: "+".join(p) or "none")
-@pytest.mark.parametrize("name", ["fp16", "bf16"])
+@pytest.mark.parametrize("name", ["tf32", "fp16", "bf16"])
 def test_wgmma_gemm(name: str, parts: tuple[str, ...], tile: wgmma.Tile) -> None:
     for size in SIZES:
         if not wgmma.takes(*size[1:], precisions.of(name), tile):
             continue
         x, want = draw(name, *size, parts)
         problem = gemm.Problem(*size, name, "bias" in parts, "gelu" in parts, "residual" in parts)
-        guarded = cupy.full((size[0] + 1, size[1]), cupy.nan, "float16").view(precisions.of(name).storage)
+        storage = precisions.of(name).storage
+        guarded = cupy.full((size[0] + 1, size[1] * storage.itemsize), 0xFF, "uint8").view(storage)  # NaN
         out, beyond = guarded[:-1], guarded[-1].copy()
         for overlap in (False, True):
             gemm.runner(problem, tile)(x["a"], x["w"], x.get("bias"), x.get("residual"), out, overlap=overlap)
             error = distance(out, want, name)
             assert error <= precisions.of(name).tolerance, size
-            assert error <= 2 * distance(plain(x, name, "gelu" in parts), want, name), size
-        assert cupy.array_equal(guarded[-1].view("uint16"), beyond.view("uint16")), "wrote past the last row"
+            if name != "tf32":  # which is bounded by its products
+                assert error <= 2 * distance(plain(x, name, "gelu" in parts), want, name), size
+        assert cupy.array_equal(guarded[-1].view("uint8"), beyond.view("uint8")), "wrote past the last row"
 
 
 def test_in_place() -> None:
@@ -80,5 +82,5 @@ def test_a_chain_of_kernels_that_start_early() -> None:
 def test_what_it_does_not_take() -> None:
     fp16 = precisions.of("fp16")
     assert wgmma.takes(96, 96, fp16) and not wgmma.takes(1000, 768, fp16) and not wgmma.takes(96, 100, fp16)
-    assert not wgmma.takes(96, 96, precisions.of("tf32"))
+    assert not wgmma.takes(96, 96, precisions.of("fp32"))
     assert not wgmma.takes(96, 96, fp16, next(t for t in wgmma.TILES if t.split == 4))
