@@ -146,7 +146,7 @@ class Gpu:
             return y.copy()
 
         def normaliser(mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
-            return fused._affine(mean, std, config.in_chans, self._index)
+            return fused.pixel_affine(mean, std, config.in_chans, self._index)
 
         return (Graphs if self._graphs else Eager)(
             params,

@@ -228,7 +228,7 @@ def test_graphs_of_bytes_are_bitwise_what_eager_is() -> None:
 
 def test_what_normalises_bytes_is_in_no_graphs_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs share it, and one of them may go. It is there before calls on any stream read it."""
-    original, allocators = fused._affine, []
+    original, allocators = fused.pixel_affine, []
 
     def noted(*args: Any) -> Any:
         known = original.cache_info().misses
@@ -237,7 +237,7 @@ def test_what_normalises_bytes_is_in_no_graphs_memory(monkeypatch: pytest.Monkey
             allocators.append(len(device._state().allocators))
         return y
 
-    monkeypatch.setattr(fused, "_affine", noted)
+    monkeypatch.setattr(fused, "pixel_affine", noted)
     model = make()
     model._engine._capacity = 1
     model.preprocess = Preprocess((16, 16), "none", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))

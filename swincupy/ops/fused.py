@@ -344,7 +344,7 @@ class Fused:
         _need(fits, f"patch_embed: position_embedding must be [1, {H}, {W}, {C}]", position_embedding)
         affine = None
         if mean is not None and std is not None:
-            affine = _affine(tuple(map(float, mean)), tuple(map(float, std)), channels, x.data.device_id)
+            affine = pixel_affine(tuple(map(float, mean)), tuple(map(float, std)), channels, x.data.device_id)
         return kernels.patch_embed(
             x,
             weight,
@@ -573,7 +573,7 @@ class Fused:
 
 
 @functools.lru_cache(maxsize=64)
-def _affine(mean: tuple[float, ...], std: tuple[float, ...], channels: int, device: int) -> Array:
+def pixel_affine(mean: tuple[float, ...], std: tuple[float, ...], channels: int, device: int) -> Array:
     """[2, Cin] float32 on the device: normalisation of bytes as ``x * affine[0] + affine[1]``."""
     import cupy
 
