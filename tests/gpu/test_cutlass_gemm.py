@@ -8,7 +8,7 @@ from swincupy import jit
 from swincupy import precision as precisions
 from swincupy.errors import DeviceError
 from swincupy.ops import cutlass, gemm
-from tests.gpu.test_gemm import EPILOGUES, distance, draw
+from tests.gpu.products import EPILOGUES, distance, draw
 
 cupy = pytest.importorskip("cupy")
 pytestmark = pytest.mark.gpu

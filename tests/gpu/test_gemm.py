@@ -12,13 +12,13 @@ import pytest
 from swincupy import SwinConfig, tune
 from swincupy import precision as precisions
 from swincupy.errors import DeviceError
-from swincupy.ops import gemm, reference
+from swincupy.ops import gemm
+from tests.gpu.products import EPILOGUES, distance, draw, plain
 
 cupy = pytest.importorskip("cupy")
 pytestmark = pytest.mark.gpu
 
 PRECISIONS = ["fp32", "tf32", "fp16", "bf16"]
-EPILOGUES = [(), ("bias",), ("bias", "gelu"), ("gelu",), ("residual",), ("bias", "residual")]
 # rows of a head, of windows, of none of the tiles; N and K of classes and channels, odd ones too
 SIZES = [(3136, 288, 96), (1, 1000, 768), (49, 768, 3072), (64, 10, 40), (7, 21841, 24), (33, 27, 51), (130, 1, 8)]
 
@@ -28,41 +28,6 @@ def no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SWINCUPY_CACHE_DIR", str(tmp_path))
     tune._entries.cache_clear()
     gemm.forget()
-
-
-def draw(name: str, M: int, N: int, K: int, parts: tuple[str, ...]) -> tuple[dict[str, Any], np.ndarray]:
-    """Arrays on the GPU, and the exact result for the numbers that they hold. Pre-activations are mostly negative."""
-    precision, rng = precisions.of(name), np.random.default_rng()
-    shapes = {"a": (M, K), "w": (N, K), "bias": (N,), "residual": (M, N)}
-    scale = {"w": K**-0.5}
-    host = {
-        k: precisions.encode(rng.standard_normal(shapes[k]) * scale.get(k, 1.0) - (k == "bias"), precision)
-        for k in ("a", "w", *parts) if k in shapes
-    }  # fmt: skip
-    exact = {k: precisions.decode(v, precision).astype(np.float64) for k, v in host.items()}
-    want = reference.linear(exact["a"], exact["w"], exact.get("bias"))
-    want = reference.gelu(want) if "gelu" in parts else want + exact.get("residual", 0.0)
-    return {k: cupy.asarray(v) for k, v in host.items()}, want
-
-
-def distance(got: Any, want: np.ndarray, name: str) -> float:
-    x = precisions.decode(cupy.asnumpy(got), precisions.of(name)).astype(np.float64)
-    return float(np.linalg.norm(x - want) / np.linalg.norm(want))
-
-
-def plain(x: dict[str, Any], name: str, gelu: bool) -> Any:
-    """The composition operation by operation, each result rounded to storage; the product in float64."""
-    p = precisions.of(name)
-    x = {k: precisions.decode(cupy.asnumpy(v), p).astype(np.float64) for k, v in x.items()}
-
-    def rounded(y: np.ndarray) -> np.ndarray:
-        return precisions.decode(precisions.encode(y, p), p).astype(np.float64)
-
-    y = rounded(x["a"] @ x["w"].T)
-    y = rounded(y + x["bias"]) if "bias" in x else y
-    y = rounded(reference.gelu(y)) if gelu else y
-    y = rounded(y + x["residual"]) if "residual" in x else y
-    return cupy.asarray(precisions.encode(y, p))
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

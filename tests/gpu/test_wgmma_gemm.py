@@ -7,7 +7,7 @@ import pytest
 from swincupy import jit
 from swincupy import precision as precisions
 from swincupy.ops import gemm, wgmma
-from tests.gpu.test_gemm import EPILOGUES, distance, draw, plain
+from tests.gpu.products import EPILOGUES, distance, draw, plain
 
 cupy = pytest.importorskip("cupy")
 pytestmark = pytest.mark.gpu
