@@ -107,13 +107,14 @@ def window_attention(
         raise InputError(f"window_attention: logit_scale must be [{num_heads}], got shape {tuple(logit_scale.shape)}")
     if qkv_bias is not None and qkv_bias.shape != (3 * C,):
         raise InputError(f"window_attention: qkv_bias must be [{3 * C}], got shape {tuple(qkv_bias.shape)}")
-    if position_bias.ndim == 3:
+    N = window[0] * window[1]
+    if position_bias.shape == (num_heads, N, N):
         position_bias = prepare_position_bias(position_bias, precision)
-    groups = -(-window[0] * window[1] // 16)
+    groups = -(-N // 16)
     if position_bias.shape != (num_heads, groups, groups, 32, 8):
         raise InputError(
-            f"window_attention: position_bias must be of {num_heads} heads and {window[0] * window[1]} tokens, "
-            f"got one prepared to shape {tuple(position_bias.shape)}"
+            f"window_attention: position_bias must be of {num_heads} heads and {N} tokens, "
+            f"got shape {tuple(position_bias.shape)}"
         )
     if out is None:
         out = cupy.empty((qkv.shape[0], C), precision.storage)

@@ -125,17 +125,26 @@ def _library(name: str) -> ModuleType:
         return importlib.import_module(name)
 
 
+def _torchvision_binary_loads() -> bool:
+    """Whether it does; it is loaded then. What it defines must not be defined a second time."""
+    spec = importlib.util.find_spec("torchvision")
+    folders = spec.submodule_search_locations if spec is not None else None
+    for binary in sorted(Path((folders or ["."])[0]).glob("_C*.so")):
+        with contextlib.suppress(OSError):
+            torch.ops.load_library(str(binary))
+    return hasattr(torch.ops.torchvision, "nms")
+
+
 @contextlib.contextmanager
 def _torchvision_operators() -> Iterator[None]:
     """Declare the operators that torchvision describes at import, where its binary does not match torch's.
 
     Nothing here calls them; without them ``import torchvision`` and whatever imports it fail.
     """
-    if not hasattr(torch.ops.torchvision, "nms"):
+    if not _torchvision_binary_loads():
         _torchvision_operators.library = library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[attr-defined]
-        with contextlib.suppress(RuntimeError):  # already defined: the binary loaded after all
-            library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     yield
 
 
