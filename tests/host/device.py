@@ -325,6 +325,7 @@ def module() -> types.ModuleType:
         Device=Device, Stream=Stream, Event=Event, Memory=Memory, MemoryPointer=MemoryPointer, MemoryPool=MemoryPool,
         get_current_stream=get_current_stream, get_elapsed_time=get_elapsed_time,
         using_allocator=using_allocator, runtime=runtime,
+        device=types.SimpleNamespace(get_device_id=lambda: 0),
         memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
         nvrtc=types.SimpleNamespace(getVersion=lambda: (13, 0)),
     )  # fmt: skip

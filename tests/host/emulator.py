@@ -53,8 +53,11 @@ def _build(name: str, prelude: str) -> Any:
     )
     parameters = jit.parameters(name, {})
     fields = "".join(f"{p.ctype}{'*' * p.pointer} {p.name};\n" for p in parameters)
-    taken = ", ".join(f"{'void*' if p.pointer else p.ctype} {p.name}" for p in parameters)
-    given = ", ".join(f"({p.ctype}*){p.name}" if p.pointer else p.name for p in parameters)
+    taken = ", ".join(f"{p.ctype if p.ctype in _CTYPES and not p.pointer else 'void*'} {p.name}" for p in parameters)
+    given = ", ".join(
+        f"({p.ctype}*){p.name}" if p.pointer else p.name if p.ctype in _CTYPES else f"*({p.ctype}*){p.name}"
+        for p in parameters
+    )
     passed = ", ".join(f"args.{p.name}" for p in parameters)
     entry = f"""
 static struct {{ {fields} }} args;
@@ -80,8 +83,10 @@ def kernel(name: str, *, arch: Any = None, **constants: jit.Constant) -> Callabl
         assert len(args) == len(parameters) and shared <= SHARED
         cast = []
         for p, a in zip(parameters, args, strict=True):
-            if not p.pointer:
+            if not p.pointer and p.ctype in _CTYPES:
                 cast.append(_CTYPES[p.ctype](a))
+            elif not p.pointer:  # a struct, by its address
+                cast.append(ctypes.c_void_p(a.ctypes.data))
             elif a is None:
                 cast.append(ctypes.c_void_p())
             else:

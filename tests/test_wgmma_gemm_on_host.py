@@ -1,0 +1,66 @@
+"""cuda/wgmma_gemm.cu compiled by g++ and run on the CPU: its ring, its turns, its permuted columns, its edges."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from swincupy import precision as precisions
+from swincupy.ops import reference, tensor_maps, wgmma
+from tests.host import emulator
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the kernels for the CPU")
+
+MAP = np.dtype([("base", "u8"), ("sizes", "i8", 5), ("strides", "i8", 5), ("box", "i4", 5), ("rank", "i4"),
+                ("itemsize", "i4")], align=True)  # fmt: skip
+
+
+def tensor_map(
+    address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], precision: str
+) -> np.ndarray:
+    """What tests/host/hopper.cuh reads, in place of a CUtensorMap."""
+    itemsize, made = precisions.of(precision).storage.itemsize, np.zeros(1, MAP)
+    made["base"], made["rank"], made["itemsize"] = address, len(sizes), itemsize
+    made["sizes"][0, : len(sizes)], made["strides"][0, : len(sizes)] = sizes, (itemsize, *strides)
+    made["box"][0, : len(sizes)] = (tensor_maps.SLAB // itemsize, *box)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(tensor_maps, "_tensor_map", tensor_map)
+    with emulator.installed():  # which has two multiprocessors, so that tiles come in turns
+        yield
+
+
+# both numbers of groups; rows and columns that fill no tile; K of less than a slab, of part of one, beyond the ring
+CASES = [
+    (wgmma.Tile(64, 96, 2, 2, 1), (700, 160, 200), "fp16", ("bias", "gelu")),
+    (wgmma.Tile(128, 96, 2, 3, 1), (333, 96, 456), "fp16", ("bias", "residual")),
+    (wgmma.Tile(128, 192, 2, 4, 1), (130, 416, 64), "fp16", ()),
+    (wgmma.Tile(64, 64, 1, 6, 1), (70, 96, 520), "fp16", ("residual",)),
+    (wgmma.Tile(64, 32, 1, 8, 1), (1, 32, 8), "fp16", ("bias",)),
+    (wgmma.Tile(64, 96, 2, 3, 1), (200, 96, 132), "tf32", ("bias", "gelu")),
+]
+
+
+@pytest.mark.parametrize(("tile", "size", "name", "parts"), CASES, ids=str)
+def test_wgmma_gemm(tile: wgmma.Tile, size: tuple[int, int, int], name: str, parts: tuple[str, ...]) -> None:
+    (M, N, K), precision, rng = size, precisions.of(name), np.random.default_rng()
+    shapes = {"a": (M, K), "w": (N, K), "bias": (N,), "residual": (M, N)}
+    x: dict[str, Any] = {
+        k: emulator.asarray(rng.standard_normal(shapes[k]).astype(precision.storage))
+        for k in ("a", "w", *parts) if k in shapes
+    }  # fmt: skip
+    out = emulator.asarray(np.full((M + 1, N), np.nan, precision.storage))
+    product = wgmma.Product(M, N, K, precision, gelu="gelu" in parts, tile=tile)
+    product(x["a"], x["w"], x.get("bias"), x.get("residual"), out[:M])
+    exact = {k: np.asarray(v, np.float64) for k, v in x.items()}
+    want = reference.linear(exact["a"], exact["w"], exact.get("bias"))
+    want = reference.gelu(want) if "gelu" in parts else want + exact.get("residual", 0.0)
+    assert np.linalg.norm(np.asarray(out[:M], np.float64) - want) <= precision.tolerance * np.linalg.norm(want)
+    assert np.isnan(out[M]).all(), "wrote past the last row"
