@@ -72,13 +72,7 @@ DEVICE unsigned region_bits(unsigned row, unsigned t, unsigned begins, bool colu
     return bits;
 }
 
-extern "C" {
-__global__ void __cluster_dims__(CLUSTER, 1, 1)
-    attention_block(const scalar_t*, const scalar_t*, const float*, const __half*, scalar_t*, int, int, int, int, int,
-                    float);
-}
-
-extern "C" __global__ void __launch_bounds__(WARPGROUP* GROUPS, 1)
+extern "C" __global__ void __launch_bounds__(WARPGROUP* GROUPS, 1) __cluster_dims__(CLUSTER, 1, 1)
     attention_block(const scalar_t* x, const scalar_t* image, const float* vectors, const __half* position_bias,
                     scalar_t* out, int H, int W, int windows, int shift_h, int shift_w, float eps) {
     extern __shared__ __align__(1024) unsigned char shared[];
@@ -173,12 +167,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP* GROUPS, 1)
         if constexpr (!RESIDENT) {
             if (lane() == 0) {  // the last warp that was to read it sends for what comes next in its slot
                 const unsigned slot = member * SLOTS + chunk % SLOTS;
-                unsigned before;
-                asm volatile("atom.acq_rel.cta.shared.add.u32 %0, [%1], 1;"
-                             : "=r"(before)
-                             : "r"(shared_address(&releases[slot]))
-                             : "memory");
-                if (before == 4 * TEAMS - 1) {
+                if (count_shared(&releases[slot]) == 4 * TEAMS - 1) {
                     releases[slot] = 0;
                     if (chunk + SLOTS < CHUNKS || rounds > 1) send(member, (chunk + SLOTS) % CHUNKS);
                 }

@@ -195,11 +195,16 @@ DEVICE float gelu(float x) {
     return __fdividef(x, 1.0f + __expf(-z * q));
 }
 
+DEVICE float fast_tanh(float x) {
+    float t;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(x));
+    return t;
+}
+
 // The same to within a rounding of a 16-bit type, in half the instructions: by the hardware's tanh of a fitted polynomial.
 DEVICE float gelu_16_bit(float x) {
     const float u = fminf(x * x, 16.0f), half = 0.5f * x;
-    float t;
-    asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(x * fmaf(u, fmaf(u, -0.00035156f, 0.0370059f), 0.7975076f)));
+    const float t = fast_tanh(x * fmaf(u, fmaf(u, -0.00035156f, 0.0370059f), 0.7975076f));
     return fmaf(half, t, half);
 }
 

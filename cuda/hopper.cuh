@@ -143,6 +143,37 @@ DEVICE void store_matrix_x2_trans(unsigned to, unsigned r0, unsigned r1) {
 // Bring the 128 bytes around p into the second level cache.
 DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
+// ---------------------------------------------------------------- single words
+//
+// As written: the compiler neither moves nor merges them.
+
+DEVICE unsigned load_shared(unsigned address) {
+    unsigned word;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address));
+    return word;
+}
+DEVICE float4 load_shared4(const float* p) {
+    float4 x;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(shared_address(p)));
+    return x;
+}
+DEVICE void store_shared(unsigned address, unsigned word) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
+}
+// *p in shared memory before 1 is added to it; orders what its block's threads did before and do after.
+DEVICE unsigned count_shared(unsigned* p) {
+    unsigned before;
+    asm volatile("atom.acq_rel.cta.shared.add.u32 %0, [%1], 1;" : "=r"(before) : "r"(shared_address(p)) : "memory");
+    return before;
+}
+DEVICE uint2 load_now8(const void* p) {
+    uint2 x;
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(p));
+    return x;
+}
+
 // ---------------------------------------------------------------- registers
 
 template <int N>

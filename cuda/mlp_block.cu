@@ -21,17 +21,8 @@ constexpr int THREADS = GROUPS * WARPGROUP, STEP = 16;  // STEP: of k, a product
 // gelu(2 x). The error of the fit to erf is 2.5e-5, that of the hardware's tanh 2^-11.
 DEVICE float gelu_of_twice(float x) {
     const float u = fminf(x * x, 4.0f);
-    float t;
-    asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(x * fmaf(u, fmaf(u, -0.01124992f, 0.2960472f), 1.5950152f)));
+    const float t = fast_tanh(x * fmaf(u, fmaf(u, -0.01124992f, 0.2960472f), 1.5950152f));
     return fmaf(x, t, x);
-}
-
-DEVICE float4 load_shared4(const float* p) {
-    float4 x;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-                 : "r"(shared_address(p)));
-    return x;
 }
 
 // What a descriptor is made of is the same in all lanes; told so, the compiler keeps it out of their registers.
@@ -293,15 +284,11 @@ struct Walk {
     template <int K>
     static DEVICE unsigned word_of_x(const unsigned (&a)[K][4], unsigned tile_at, int row, int t, int G, int w, int r) {
         if constexpr (!A_SHARED) return a[2 * G + w / 2][w % 2 * 2 + r];
-        unsigned word;
-        asm volatile("ld.shared.u32 %0, [%1];"
-                     : "=r"(word)
-                     : "r"(tile_at + (4 * G + w) * 1024 + (row + 8 * r) * 16 + t * 4));
-        return word;
+        return load_shared(tile_at + (4 * G + w) * 1024 + (row + 8 * r) * 16 + t * 4);
     }
     // Two channels of a row into the left operand in shared memory.
     static DEVICE void put(unsigned tile_at, int row, int k8, int q, unsigned word) {
-        asm volatile("st.shared.u32 [%0], %1;" ::"r"(tile_at + k8 * 1024 + row * 16 + q * 4), "r"(word) : "memory");
+        store_shared(tile_at + k8 * 1024 + row * 16 + q * 4, word);
     }
 
     // Mean and 1 / deviation of this thread's two rows, which four lanes share.
@@ -413,9 +400,8 @@ struct Share {
                 const unsigned at = base + AT_X + (pack / 4 * 4 * ROWS + row) * 16 + pack % 4 * 4;
 #pragma unroll
                 for (int w = 0; w < 4; ++w)
-                    asm volatile("st.shared.u32 [%0], %1;" ::"r"(at + w * ROWS * 16),
-                                 "r"(round2<T>((f[i][2 * w] - mean) * rstd, (f[i][2 * w + 1] - mean) * rstd))
-                                 : "memory");
+                    store_shared(at + w * ROWS * 16,
+                                 round2<T>((f[i][2 * w] - mean) * rstd, (f[i][2 * w + 1] - mean) * rstd));
             }
         }
         fence_for_async();
@@ -575,12 +561,6 @@ struct Share {
 
     // First of the four channels that quad u of a row's sums holds: places 2 q, 2 q + 1 of eight, in two of eights.
     static DEVICE int channel(int u) { return u / 8 * 32 + u % 4 * 8 + u / 4 % 2 * 4; }
-
-    static DEVICE uint2 load_now8(const T* p) {
-        uint2 v;
-        asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
-        return v;
-    }
 };
 
 template <typename T, int SPLIT, typename... Args>

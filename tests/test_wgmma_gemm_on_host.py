@@ -43,6 +43,8 @@ CASES = [
     (wgmma.Tile(128, 96, 2, 3, 1), (333, 96, 456), "fp16", ("bias", "residual")),
     (wgmma.Tile(128, 192, 2, 4, 1), (130, 416, 64), "fp16", ()),
     (wgmma.Tile(64, 64, 1, 6, 1), (70, 96, 520), "fp16", ("residual",)),
+    (wgmma.Tile(64, 64, 1, 3, 4), (70, 96, 520), "fp16", ("bias", "residual")),
+    (wgmma.Tile(64, 64, 1, 6, 2), (65, 64, 200), "fp16", ("bias", "gelu")),
     (wgmma.Tile(64, 32, 1, 8, 1), (1, 32, 8), "fp16", ("bias",)),
     (wgmma.Tile(64, 96, 2, 3, 1), (200, 96, 132), "tf32", ("bias", "gelu")),
 ]

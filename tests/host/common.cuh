@@ -36,7 +36,8 @@ namespace host {
 struct Barrier { int count = 0, turn = 0; };
 struct Copy { void* to; const void* from; int bytes; };
 struct Copies { std::vector<Copy> open; std::deque<std::vector<Copy>> groups; };  // of a thread, in the order of its commits
-struct Block {
+struct Block {  // or the blocks of a cluster, whose threads follow each other
+    int threads = 0;
     std::vector<Copies> copies;
     std::vector<ucontext_t> fibers;
     std::vector<std::vector<char>> stacks;
@@ -44,13 +45,14 @@ struct Block {
     std::vector<Barrier> warps;
     std::vector<unsigned> words;    // what each lane deposited, eight a thread
     std::vector<const void*> rows;
-    Barrier all;
+    std::vector<Barrier> all;  // a block's
     ucontext_t main;
     int current = 0;
     Index index;
 };
 inline Block block;
 inline void (*body)();
+inline void (*at_start)();  // of a block or cluster: other headers forget what they kept of the one before
 
 inline void yield() { swapcontext(&block.fibers[block.current], &block.main); }
 inline void wait(Barrier& b, int count) {
@@ -67,24 +69,32 @@ inline void start() {
     block.done[block.current] = true;
     for (;;) yield();
 }
-inline void launch(Index grid, int threads, void (*kernel)()) {
-    body = kernel;
-    block.fibers.resize(threads), block.stacks.assign(threads, std::vector<char>(1 << 17));
-    block.words.resize(threads * 8), block.rows.resize(threads);
+constexpr int SHARED = 1 << 18, LARGEST_CLUSTER = 16;
+inline unsigned char* shared(int rank) {
+    alignas(1024) static unsigned char memory[LARGEST_CLUSTER][SHARED];
+    return memory[rank];
+}
+inline int rank() { return block.current / block.threads; }
+inline void launch(Index grid, int threads, void (*kernel)(), int cluster = 1) {
+    const int all = threads * cluster;
+    body = kernel, block.threads = threads;
+    block.fibers.resize(all), block.stacks.assign(all, std::vector<char>(1 << 17));
+    block.words.resize(all * 8), block.rows.resize(all);
     for (unsigned z = 0; z < grid.z; ++z)
         for (unsigned y = 0; y < grid.y; ++y)
-            for (unsigned x = 0; x < grid.x; ++x) {
-                block.index = {x, y, z}, block.all = {}, block.copies.assign(threads, {});
-                block.done.assign(threads, false), block.warps.assign((threads + 31) / 32, {});
-                for (int i = 0; i < threads; ++i) {
+            for (unsigned x = 0; x < grid.x; x += cluster) {
+                block.index = {x, y, z}, block.all.assign(cluster, {}), block.copies.assign(all, {});
+                block.done.assign(all, false), block.warps.assign(all / 32 + 1, {});
+                if (at_start) at_start();
+                for (int i = 0; i < all; ++i) {
                     ucontext_t& f = block.fibers[i];
                     getcontext(&f);
                     f.uc_stack.ss_sp = block.stacks[i].data(), f.uc_stack.ss_size = block.stacks[i].size();
                     makecontext(&f, start, 0);
                 }
-                for (int left = threads; left > 0;) {
+                for (int left = all; left > 0;) {
                     left = 0;
-                    for (int i = 0; i < threads; ++i)
+                    for (int i = 0; i < all; ++i)
                         if (!block.done[i]) {
                             ++left, block.current = i;
                             swapcontext(&block.main, &block.fibers[i]);
@@ -93,10 +103,10 @@ inline void launch(Index grid, int threads, void (*kernel)()) {
             }
 }
 }  // namespace host
-#define threadIdx (Index{unsigned(host::block.current), 0, 0})
-#define blockIdx (host::block.index)
+#define threadIdx (Index{unsigned(host::block.current % host::block.threads), 0, 0})
+#define blockIdx (Index{host::block.index.x + unsigned(host::rank()), host::block.index.y, host::block.index.z})
 static Index gridDim;
-static void __syncthreads() { host::wait(host::block.all, int(host::block.fibers.size())); }
+static void __syncthreads() { host::wait(host::block.all[host::rank()], host::block.threads); }
 static void __syncwarp() { host::warp_wait(); }
 
 // ---------------------------------------------------------------- the names of cuda/common.cuh
@@ -200,9 +210,9 @@ float reduce(float x, F combine) {
     });
     return result;
 }
-template <int LANES>
+template <int LANES = 32>
 float warp_sum(float x) { return reduce<LANES>(x, [](float a, float b) { return a + b; }); }
-template <int LANES>
+template <int LANES = 32>
 float warp_max(float x) { return reduce<LANES>(x, [](float a, float b) { return std::max(a, b); }); }
 
 static void load_matrix_x4(unsigned (&r)[4], const void* row) {

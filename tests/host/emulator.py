@@ -49,7 +49,9 @@ def _build(name: str, prelude: str) -> Any:
     folder = _folder()
     text = (folder / f"{name}.cu").read_text()
     text = re.sub(
-        r"extern __shared__ (__align__\(\d+\)) ([\w ]+) (\w+)\[\];", rf"static \1 \2 \3[{SHARED} / sizeof(\2)];", text
+        r"extern __shared__ __align__\(\d+\) ([\w ]+) (\w+)\[\];",
+        r"\1* const \2 = reinterpret_cast<\1*>(host::shared(host::rank()));",
+        text,
     )
     parameters = jit.parameters(name, {})
     fields = "".join(f"{p.ctype}{'*' * p.pointer} {p.name};\n" for p in parameters)
@@ -59,12 +61,14 @@ def _build(name: str, prelude: str) -> Any:
         for p in parameters
     )
     passed = ", ".join(f"args.{p.name}" for p in parameters)
+    found = re.search(r"__cluster_dims__\((\w+), 1, 1\)", text)
+    cluster = found[1] if found else "1"
     entry = f"""
 static struct {{ {fields} }} args;
 extern "C" void run(unsigned grid_x, unsigned grid_y, unsigned grid_z, int threads, {taken}) {{
     gridDim = {{grid_x, grid_y, grid_z}};
     args = {{{given}}};
-    host::launch(gridDim, threads, [] {{ {name}({passed}); }});
+    host::launch(gridDim, threads, [] {{ {name}({passed}); }}, {cluster});
 }}
 """
     stem = f"{name}-{abs(hash(prelude))}"
