@@ -56,8 +56,9 @@ MLPS = [
 def test_mlp_block(C: int, hidden: int, M: int, plan: fused_mlp.Plan, name: str, post_norm: bool) -> None:
     rng, precision = np.random.default_rng(), precisions.of(name)
     w = dict(
-        norm_weight=draw(rng, C, scale=0.25, mean=1), norm_bias=draw(rng, C), fc1_weight=draw(rng, hidden, C, scale=C**-0.5),
-        fc1_bias=draw(rng, hidden), fc2_weight=draw(rng, C, hidden, scale=hidden**-0.5), fc2_bias=draw(rng, C),
+        norm_weight=draw(rng, C, scale=0.25, mean=1), norm_bias=draw(rng, C),
+        fc1_weight=draw(rng, hidden, C, scale=C**-0.5), fc1_bias=draw(rng, hidden),
+        fc2_weight=draw(rng, C, hidden, scale=hidden**-0.5), fc2_bias=draw(rng, C),
     )  # fmt: skip
     packed = fused_mlp.Packed(*map(emulator.asarray, fused_mlp.pack(**w, precision=precision, post_norm=post_norm)))
     stored = precisions.encode(draw(rng, M, C, mean=0.5), precision)
@@ -89,8 +90,9 @@ def test_attention_block(
 ) -> None:  # fmt: skip
     rng, precision, nH, N = np.random.default_rng(), precisions.of(name), C // 32, window * window
     w = dict(
-        norm_weight=draw(rng, C, scale=0.25, mean=1), norm_bias=draw(rng, C), qkv_weight=draw(rng, 3 * C, C, scale=C**-0.5),
-        qkv_bias=draw(rng, 3 * C), proj_weight=draw(rng, C, C, scale=C**-0.5), proj_bias=draw(rng, C),
+        norm_weight=draw(rng, C, scale=0.25, mean=1), norm_bias=draw(rng, C),
+        qkv_weight=draw(rng, 3 * C, C, scale=C**-0.5), qkv_bias=draw(rng, 3 * C),
+        proj_weight=draw(rng, C, C, scale=C**-0.5), proj_bias=draw(rng, C),
     )  # fmt: skip
     if cosine:
         w["qkv_bias"][C : 2 * C] = 0

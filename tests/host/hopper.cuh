@@ -151,7 +151,7 @@ inline void store_matrix_x2_trans(unsigned to, unsigned r0, unsigned r1) {
     });
 }
 
-// As tests/hopper_on_host.py makes it: sizes and strides (bytes) from the innermost dimension, the box's too.
+// As tests/test_wgmma_gemm_on_host.py makes it: sizes and strides (bytes) from the innermost dimension, the box's too.
 struct TensorMap {
     const char* base;
     long long sizes[5], strides[5];
