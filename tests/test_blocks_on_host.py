@@ -103,7 +103,8 @@ def test_attention_block(
     stored = precisions.encode(draw(rng, *size, C, mean=0.5), precision)
     y = fused_attention.attention_block(
         emulator.asarray(stored), packed, emulator.asarray(fused_attention.prepare_position_bias(bias, precision)),
-        window=(window, window), shift=shift, eps=EPS, precision=precision, tiling=tiling or fused_attention._MANY[C][cosine],
+        window=(window, window), shift=shift, eps=EPS, precision=precision,
+        tiling=tiling or fused_attention._MANY[C][cosine],
     )  # fmt: skip
     x = precisions.decode(stored, precision).astype(np.float64)
     exact = {k: v.astype(np.float64) for k, v in w.items()} | {"position_bias": bias.astype(np.float64)}
