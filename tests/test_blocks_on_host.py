@@ -78,8 +78,10 @@ ATTENTIONS = [
     (128, False, 7, (1, 14, 14), (3, 3), "fp16", fused_attention._FEW[128][0][0]),
     (128, True, 7, (1, 7, 21), (0, 0), "fp16", None),
     (192, False, 7, (1, 14, 14), (3, 0), "fp16", None),
+    (192, False, 7, (1, 7, 14), (3, 3), "fp16", fused_attention._FEW[192][0][0]),
     (192, True, 8, (1, 8, 16), (4, 4), "fp16", fused_attention._FEW[192][1][0]),
     (256, False, 8, (1, 8, 16), (4, 4), "bf16", None),
+    (256, True, 7, (1, 7, 14), (0, 3), "fp16", fused_attention._FEW[256][0][0]),
 ]
 
 

@@ -217,7 +217,7 @@ def attention_block(
     if tiling is None:
         tiling = choose(C, cosine, windows, multiprocessors)
     kernel = jit.kernel("attention_block", arch=_ARCH, **constants(C, window[0], tiling, precision, cosine=cosine))
-    blocks = min(windows, multiprocessors // tiling.cluster) * tiling.cluster
+    blocks = min(windows, max(multiprocessors // tiling.cluster, 1)) * tiling.cluster
     kernel(
         blocks, 128 * tiling.groups, x, *packed, position_bias, out, H, W, windows, *shift, eps,
         shared=shared_bytes(C, tiling, cosine=cosine),
