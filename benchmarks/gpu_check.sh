@@ -23,8 +23,8 @@ limit() { timeout --signal INT --kill-after 20 "$@"; }
 doctor() { limit 300 "$PYTHON" -m swincupy doctor; }
 tests() {
     local code=0 spread=() # over processes where pytest-xdist is there
-    "$PYTHON" -c 'import xdist' 2>/dev/null && spread=(-n "${WORKERS:-8}" --dist worksteal)
-    OMP_NUM_THREADS=2 OPENBLAS_NUM_THREADS=2 limit 560 "$PYTHON" -m pytest -q -p no:cacheprovider tests/gpu -m 'not alone' "${spread[@]}" || code=1
+    "$PYTHON" -c 'import xdist' 2>/dev/null && spread=(-n "${WORKERS:-12}" --dist worksteal)
+    OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 limit 560 "$PYTHON" -m pytest -q -p no:cacheprovider tests/gpu -m 'not alone' "${spread[@]}" || code=1
     limit 300 "$PYTHON" -m pytest -q -p no:cacheprovider tests/gpu -m alone || code=1
     return $code
 }
