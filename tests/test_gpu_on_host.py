@@ -15,7 +15,7 @@ from PIL import Image
 
 import swincupy
 import swincupy.model as model_module
-from swincupy import cli, engine, forward
+from swincupy import cli, engine, forward, jit
 from swincupy.config import SwinConfig
 from swincupy.errors import InputError, OutOfMemoryError
 from swincupy.ops import fused
@@ -87,6 +87,30 @@ def test_graphs_are_bitwise_what_eager_is(name: str) -> None:
         x = images(*shape, seed=seed)
         for _ in range(2):
             np.testing.assert_array_equal(graphs(x), eager(x))
+
+
+@pytest.mark.parametrize(("version", "name", "window", "size"), [(1, "fp16", 7, (56, 28)), (2, "bf16", 8, (64, 64))])
+def test_models_of_whole_blocks(
+    version: int, name: str, window: int, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On SM 9.0 half a block is one kernel where windows divide the image, else several launches: the same model."""
+    seen = set[tuple[str, int]]()
+    original = jit.kernel
+
+    def kernel(kernel_name: str, **constants: Any) -> Any:
+        seen.add((kernel_name, constants.get("C", 0)))
+        return original(kernel_name, **constants)
+
+    monkeypatch.setattr(jit, "kernel", kernel)
+    monkeypatch.setattr(jit, "compute_capability", lambda: 90)
+    monkeypatch.setattr(jit, "multiprocessors", lambda device: 132)
+    config = SwinConfig(
+        version=version, img_size=size, embed_dim=96, depths=(2, 1), num_heads=(3, 6), window_size=window, num_classes=3
+    )
+    x = images(1, 3, *size)
+    assert distance(make(config, name)(x), exact(config)(x)) <= LIMITS[name]
+    assert seen >= {("attention_block", 96), ("mlp_block", 96), ("mlp_block", 192)}
+    assert (("attention_block", 192) in seen) == (version == 2)  # V1's second stage is 7 x 4 here
 
 
 # ------------------------------------------------------------------ pictures
