@@ -1,4 +1,4 @@
-// What kernels of SM 9.0 share: mbarriers, bulk copies, asynchronous products of a warpgroup, early launches.
+// What kernels of SM 9.0 share: barriers in shared memory, clusters, the copy engine, a warpgroup's products.
 // Only kernels that are built for sm_90a include this.
 #pragma once
 #include "common.cuh"

@@ -33,6 +33,9 @@ _ELEMENTS = {
 }  # fmt: skip
 _SHARED_DEFAULT = 48 * 1024  # more dynamic shared memory has to be asked for
 
+HOPPER = "sm_90a"  # what kernels that include hopper.cuh are built for
+HOPPER_SHARED = 227 * 1024  # bytes of shared memory that a block may have there
+
 
 class Variant(NamedTuple):
     """A kernel with one set of its constants, and the lowest compute capability that runs it."""

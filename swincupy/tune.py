@@ -395,7 +395,7 @@ def _key(p: Problem) -> str:
 
 
 def _encode(choice: Choice) -> str | list[Any]:
-    return choice.hex() if isinstance(choice, bytes) else list[Any](choice)  # a tile's kernel shows in its length
+    return choice.hex() if isinstance(choice, bytes) else [choice.kernel, *choice]
 
 
 def _decode(stored: Any) -> Choice:
@@ -404,7 +404,7 @@ def _decode(stored: Any) -> Choice:
     if isinstance(stored, str):
         return bytes.fromhex(stored)
     for tile in gemm.TILES + wgmma.TILES + cutlass.TILES:
-        if list(tile) == stored:
+        if [tile.kernel, *tile] == stored:
             return tile
     raise ValueError(f"no such tile: {stored}")
 
@@ -434,8 +434,7 @@ def table(results: Sequence[Result]) -> str:
         s = r.shape
         backend = "cuBLASLt"
         if not isinstance(r.choice, bytes):
-            kernel = {5: "kernel", 6: "wgmma"}.get(len(r.choice), "CUTLASS")
-            backend = f"{kernel} {'x'.join(str(n) for n in r.choice if n != kernel)}"
+            backend = f"{r.choice.kernel} {'x'.join(map(str, r.choice))}"
         lines.append(
             f"{s.name:<14}{f'{s.M} x {s.N} x {s.K}':>22}  {s.epilogue:<14}{r.microseconds:>9.1f}{r.tflops:>9.0f}"
             f"{r.guess:>10.1f}  {backend}"

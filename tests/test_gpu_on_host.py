@@ -279,23 +279,6 @@ def test_what_normalises_bytes_is_in_no_graphs_memory(monkeypatch: pytest.Monkey
     assert distance(model(second), want) <= ROUNDING["fp32"]
 
 
-def test_memory_of_a_model_of_pictures_is_given_back() -> None:
-    make()(pictures(1, (16, 16)), resize=False)  # what normalises is kept
-    gc.collect()
-    device.default_pool.free_all_blocks()
-    before = device.card.used
-    gc.disable()
-    try:
-        model = make()
-        model(pictures(2, (16, 16)), resize=False)
-        assert device.card.used > before
-        del model
-        device.default_pool.free_all_blocks()
-        assert device.card.used == before
-    finally:
-        gc.enable()
-
-
 def test_preprocessing_of_ones_own_is_the_cpus(uploads: list[np.ndarray]) -> None:
     """What a class derived from Preprocess makes of an image, nobody else knows to make."""
 
@@ -404,16 +387,18 @@ def test_graphs_keep_what_they_read() -> None:
     np.testing.assert_array_equal(model(x), want)
 
 
-def test_memory_of_a_forgotten_model_is_given_back() -> None:
+@pytest.mark.parametrize("pixels", ["floats", "bytes"])
+def test_memory_of_a_forgotten_model_is_given_back(pixels: str) -> None:
     """Without the help of the garbage collector, which runs when it likes."""
-    make()(images(1, 3, 16, 16))
+    x = images(2, 3, 16, 16) if pixels == "floats" else pictures(2, (16, 16))
+    make()(x, resize=False)  # what normalises bytes is kept
     gc.collect()
     device.default_pool.free_all_blocks()
     before = device.card.used
     gc.disable()
     try:
         model = make()
-        model(images(2, 3, 16, 16)), model.features(images(2, 3, 16, 16))
+        model(x, resize=False), model.features(x, resize=False)
         assert device.card.used > before
         del model
         device.default_pool.free_all_blocks()

@@ -14,7 +14,7 @@ import pytest
 
 from swincupy import SwinConfig, tune
 from swincupy.errors import ConfigError, DeviceError, SwincupyError
-from swincupy.ops import cutlass, gemm
+from swincupy.ops import cutlass, gemm, wgmma
 
 HERE = "NVIDIA H200 | driver 13000 | cuBLASLt 130100 | kernel 0123456789ab"
 STALE = "NVIDIA H200 | driver 12080 | cuBLASLt 120900 | kernel 0123456789ab"
@@ -48,7 +48,7 @@ def result(choice: Any, *, M: int = 3136, microseconds: float = 5.0) -> tune.Res
     return tune.Result(tune.Shape("stage0.fc1", M, 384, 96, "bias+gelu", 2), choice, microseconds, 6.0)
 
 
-@pytest.mark.parametrize("choice", [ALGORITHM, gemm.TILES[2], cutlass.TILES[1]], ids=["cublaslt", "kernel", "cutlass"])
+@pytest.mark.parametrize("choice", [ALGORITHM, gemm.TILES[2], wgmma.TILES[0], cutlass.TILES[1]], ids=str)
 def test_what_is_saved_is_found(cache: Path, choice: Any) -> None:
     assert tune.save([result(choice)], "fp16") == cache
     assert tune.lookup(PROBLEM) == choice and type(tune.lookup(PROBLEM)) is type(choice)
@@ -205,5 +205,5 @@ def test_tune_refuses() -> None:
 
 def test_table() -> None:
     text = tune.table([result(ALGORITHM, microseconds=5.0), result(gemm.TILES[0], microseconds=2.0)])
-    assert "cuBLASLt" in text and "kernel 128x128x64x32x3" in text
+    assert "cuBLASLt" in text and "gemm 128x128x64x32x3" in text
     assert "0.014 ms, 0.024 ms" in text  # each product twice

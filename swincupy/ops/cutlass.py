@@ -17,8 +17,6 @@ from swincupy.precision import Precision
 
 Array = Any
 
-_ARCH = "sm_90a"
-
 
 class Tile(NamedTuple):
     """How ``cuda/cutlass_gemm.cu`` cuts the result: a block's tile, and slabs of K in shared memory."""
@@ -26,6 +24,11 @@ class Tile(NamedTuple):
     bm: int
     bn: int
     stages: int
+
+    @property
+    def kernel(self) -> str:
+        """The kernel that has such tiles."""
+        return "cutlass_gemm"
 
 
 TILES = (Tile(128, 128, 3), Tile(64, 96, 4), Tile(128, 192, 4), Tile(128, 96, 4), Tile(64, 128, 4))
@@ -61,7 +64,7 @@ class Product:
     """
 
     def __init__(self, M: int, N: int, K: int, precision: Precision, *, gelu: bool, tile: Tile) -> None:
-        self._kernel = jit.kernel("cutlass_gemm", arch=_ARCH, **constants(tile, precision))
+        self._kernel = jit.kernel(tile.kernel, arch=jit.HOPPER, **constants(tile, precision))
         self._blocks = -(-M // tile.bm) * -(-N // tile.bn)
         self._threads = tile.bm * 2 + 32
         self._shared = tile.stages * ((tile.bm + tile.bn) * tensor_maps.SLAB + 16)
@@ -85,4 +88,4 @@ def constants(tile: Tile, precision: Precision) -> dict[str, jit.Constant]:
 def variants() -> Iterator[jit.Variant]:
     """A tile for each size of an element, for checks that they compile: all take half a minute."""
     for tile, name in zip(TILES, ("fp16", "tf32"), strict=False):
-        yield jit.Variant("cutlass_gemm", constants(tile, precisions.of(name)), 90, _ARCH)
+        yield jit.Variant(tile.kernel, constants(tile, precisions.of(name)), 90, jit.HOPPER)

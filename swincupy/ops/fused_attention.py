@@ -21,10 +21,8 @@ from swincupy.precision import Precision, encode
 
 Array = Any
 
-_ARCH = "sm_90a"
 _WIDTHS = (96, 128, 192, 256)
 WINDOWS = ((7, 7), (8, 8))
-_SHARED = 227 * 1024  # of a block of SM 9.0
 _HEAD = 32
 _LOG2_E = math.log2(math.e)  # the kernel's exponentials are powers of two
 
@@ -216,7 +214,7 @@ def attention_block(
     multiprocessors = jit.multiprocessors(x.data.device_id)
     if tiling is None:
         tiling = choose(C, cosine, windows, multiprocessors)
-    kernel = jit.kernel("attention_block", arch=_ARCH, **constants(C, window[0], tiling, precision, cosine=cosine))
+    kernel = jit.kernel("attention_block", arch=jit.HOPPER, **constants(C, window[0], tiling, precision, cosine=cosine))
     blocks = min(windows, max(multiprocessors // tiling.cluster, 1)) * tiling.cluster
     kernel(
         blocks, 128 * tiling.groups, x, *packed, position_bias, out, H, W, windows, *shift, eps,
@@ -228,7 +226,7 @@ def attention_block(
 def choose(C: int, cosine: bool, windows: int, multiprocessors: int) -> Tiling:
     """The tiling for so many windows: few are split between warpgroups and blocks, many share a block's weights."""
     for tiling, turns in _FEW[C]:
-        fits = shared_bytes(C, tiling, cosine=cosine) <= _SHARED
+        fits = shared_bytes(C, tiling, cosine=cosine) <= jit.HOPPER_SHARED
         if fits and windows * tiling.cluster <= turns * multiprocessors:
             return tiling
     return _MANY[C][cosine]
@@ -279,4 +277,4 @@ def variants() -> Iterator[jit.Variant]:
         for cosine, window, name in ((False, 7, "fp16"), (True, 8, "bf16")):
             for tiling in dict.fromkeys(choose(C, cosine, windows, 132) for windows in (1, 60, 120, 9999)):
                 fixed = constants(C, window, tiling, precisions.of(name), cosine=cosine)
-                yield jit.Variant("attention_block", fixed, 90, _ARCH)
+                yield jit.Variant("attention_block", fixed, 90, jit.HOPPER)

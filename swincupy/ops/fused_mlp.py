@@ -21,8 +21,6 @@ from swincupy.precision import Precision
 
 Array = Any
 
-_ARCH = "sm_90a"
-_SHARED = 227 * 1024  # what a block of SM 9.0 may have
 _MORE_THAN_HALF = 116 * 1024  # no two blocks on one multiprocessor: started early, they would leave others empty
 _PORTABLE = 8  # blocks a cluster; more has to be asked for
 _WORTH_IT = 9.0  # microseconds: what C = 384 may take here and still be faster than by several launches
@@ -104,7 +102,7 @@ def takes(C: int, hidden: int, precision: Precision, M: int | None = None) -> bo
     if precision.storage.itemsize != 2 or hidden % 64 or hidden <= 0 or jit.compute_capability() != 90:
         return False
     if C in _WALKS:
-        fits = walk(C, hidden).shared(C, hidden, True) <= _SHARED
+        fits = walk(C, hidden).shared(C, hidden, True) <= jit.HOPPER_SHARED
         return fits and (M is None or _LEAST.get(C, 0) <= M or choose(M, C, hidden, 132).split > 0)
     return C == 384 and _share(M or 1, C, hidden, 132)[1] < _WORTH_IT
 
@@ -207,12 +205,12 @@ def mlp_block(
         return out
     sms = jit.multiprocessors(x.data.device_id)
     plan = plan or choose(M, C, hidden, sms)
-    fixed, shared = constants(C, hidden, precision, post_norm, plan)
-    kernel = jit.kernel("mlp_block", arch=_ARCH, **fixed)
+    kernel = jit.kernel("mlp_block", arch=jit.HOPPER, **constants(C, hidden, precision, post_norm, plan))
     if plan.split > _PORTABLE:
         _allow_large_clusters(kernel)
     blocks = -(-M // plan.rows)
     blocks = blocks * plan.split if plan.split else min(blocks, sms)
+    shared = plan.shared(C, hidden, post_norm)
     kernel(blocks, plan.groups * 128, x, packed.weights, packed.vectors, out, M, eps, shared=shared)
     return out
 
@@ -265,7 +263,7 @@ def _share(M: int, C: int, hidden: int, multiprocessors: int) -> tuple[Plan | No
         for rows in (16, 24, 32, 48, 64):
             plan = Plan(split, rows, 6 if C == 384 else 4)
             shared = plan.shared(C, hidden, True)
-            if hidden % (16 * split) or rows % (2 * split) or rows > hidden // split or shared > _SHARED:
+            if hidden % (16 * split) or rows % (2 * split) or rows > hidden // split or shared > jit.HOPPER_SHARED:
                 continue
             weights, exchanged = 4 * C * hidden / split, 4 * C * rows * (split - 1) / split
             time = 2.7 + 8e-6 * weights + 50e-6 * exchanged + 0.03 * rows
@@ -275,15 +273,12 @@ def _share(M: int, C: int, hidden: int, multiprocessors: int) -> tuple[Plan | No
     return best, least
 
 
-def constants(
-    C: int, hidden: int, precision: Precision, post_norm: bool, plan: Plan
-) -> tuple[dict[str, jit.Constant], int]:
-    """The kernel's compile-time constants, and bytes of shared memory."""
+def constants(C: int, hidden: int, precision: Precision, post_norm: bool, plan: Plan) -> dict[str, jit.Constant]:
+    """The kernel's compile-time constants."""
     return {
         "scalar_t": precision.ctype, "C": C, "HIDDEN": hidden, "POST_NORM": post_norm, "SPLIT": plan.split,
-        "ROWS": plan.rows, "GROUPS": plan.groups, "CH": plan.chunk,
-        "PAIRS": plan.pairs, "A_SHARED": plan.a_shared,
-    }, plan.shared(C, hidden, post_norm)  # fmt: skip
+        "ROWS": plan.rows, "GROUPS": plan.groups, "CH": plan.chunk, "PAIRS": plan.pairs, "A_SHARED": plan.a_shared,
+    }  # fmt: skip
 
 
 def variants() -> Iterator[jit.Variant]:
@@ -296,5 +291,5 @@ def variants() -> Iterator[jit.Variant]:
         for post_norm in (False, True):
             for C, ratio, M in sizes:
                 plan = choose(M, C, ratio * C, 132)
-                fixed, _ = constants(C, ratio * C, precision, post_norm, plan)
-                yield jit.Variant("mlp_block", fixed, 90, _ARCH)
+                fixed = constants(C, ratio * C, precision, post_norm, plan)
+                yield jit.Variant("mlp_block", fixed, 90, jit.HOPPER)

@@ -38,6 +38,11 @@ class Tile(NamedTuple):
     wn: int
     stages: int
 
+    @property
+    def kernel(self) -> str:
+        """The kernel that has such tiles."""
+        return "gemm"
+
 
 #: First the two that a short search tries. 96 divides the widths of the models whose C is 96 or 192.
 TILES = (

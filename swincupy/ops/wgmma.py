@@ -16,8 +16,6 @@ from swincupy.precision import Precision
 
 Array = Any
 
-_ARCH = "sm_90a"
-
 
 class Tile(NamedTuple):
     """How ``cuda/wgmma_gemm.cu`` cuts the result: a tile, who computes it, slabs of K in shared memory, clusters."""
@@ -27,7 +25,11 @@ class Tile(NamedTuple):
     groups: int
     stages: int
     split: int  # blocks that share K
-    kernel: str = "wgmma"  # tells it from other kernels' tiles in the cache of `tune`
+
+    @property
+    def kernel(self) -> str:
+        """The kernel that has such tiles."""
+        return "wgmma_gemm"
 
     @property
     def shared(self) -> int:
@@ -81,7 +83,7 @@ class Product:
     def __init__(self, M: int, N: int, K: int, precision: Precision, *, gelu: bool, tile: Tile) -> None:
         import cupy
 
-        self._kernel = jit.kernel("wgmma_gemm", arch=_ARCH, **constants(tile, precision, gelu=gelu))
+        self._kernel = jit.kernel(tile.kernel, arch=jit.HOPPER, **constants(tile, precision, gelu=gelu))
         tiles = -(-M // tile.bm) * -(-N // tile.bn)
         most = jit.multiprocessors(cupy.cuda.device.get_device_id()) * (1 if tile.groups == 2 else 3)
         self._blocks = tiles * tile.split if tile.split > 1 else min(tiles, most)
@@ -122,4 +124,4 @@ def variants() -> Iterator[jit.Variant]:
     for tile in TILES:
         for name in ("fp16", "bf16", "tf32") if tile == TILES[1] else ("fp16",):
             c = constants(tile, precisions.of(name), gelu=tile.bm == 128)
-            yield jit.Variant("wgmma_gemm", c, 90, _ARCH)
+            yield jit.Variant(tile.kernel, c, 90, jit.HOPPER)
