@@ -1,8 +1,10 @@
 """What benchmarks/sanitize.sh runs under compute-sanitizer: every operation's cases, or a small forward pass.
 
-    python benchmarks/sanitize.py ops | forward [--precision fp16 ...]
+    python benchmarks/sanitize.py ops | forward [--precision fp16 ...] [--own-products]
 
 Memory comes from cudaMalloc, an array at a time: in a pool an access beyond an array's end hits another one.
+With --own-products, nothing runs on cuBLASLt: initcheck does not see what its kernels write by bulk copies, and
+racecheck takes what they order by barriers for races.
 """
 
 from __future__ import annotations
@@ -10,14 +12,17 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from swincupy import bench
+from swincupy import precision as precisions
 from swincupy.config import SwinConfig
 from swincupy.model import SwinTransformer
+from swincupy.ops import gemm, wgmma
 from swincupy.ops.fused import Fused
 
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
@@ -27,25 +32,49 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("ops", "forward"))
     parser.add_argument("--precision", nargs="+", default=list(PRECISIONS))
+    parser.add_argument("--own-products", action="store_true")
     args = parser.parse_args()
     import cupy
 
     cupy.cuda.set_allocator(None)
+    if args.own_products:
+        leave_out_cublaslt()
     for name in args.precision:
         {"ops": operations, "forward": forward}[args.what](name)
         cupy.cuda.Device().synchronize()
         print(f"{args.what} in {name}: done", flush=True)
 
 
+def leave_out_cublaslt() -> None:
+    """Products by the kernels of ``cuda/`` alone, the first that fits, without a search."""
+    of_all = gemm.choices
+
+    def ours(problem: gemm.Problem, algorithms: int, tiles: Any) -> Any:
+        tiles = tiles or (*gemm.likely(problem), gemm.TILES[1])
+        return [c for c in of_all(problem, 1, tiles) if not isinstance(c, bytes)][:1]
+
+    gemm.choices = ours
+
+
 def operations(name: str) -> None:
-    """Every case of the operations' tests; results are compared as there."""
+    """Every case of the operations' tests, results compared as there, and every tile of our products."""
     import cupy
 
+    from tests.gpu.products import distance, draw
     from tests.op_cases import CASES, check
 
-    ops = Fused(name)
+    ops, precision = Fused(name), precisions.of(name)
     for case in CASES:
         check(case, name, ops, cupy.asarray)
+    for M, N, K in ((333, 96, 200), (1, 64, 256)):
+        for parts in (("bias", "gelu"), ("bias", "residual")):
+            x, want = draw(name, M, N, K, parts)
+            problem = gemm.Problem(M, N, K, name, True, "gelu" in parts, "residual" in parts)
+            fit: list[gemm.Choice] = [t for t in wgmma.TILES if wgmma.takes(N, K, precision, t)]
+            for tile in (*gemm.TILES, *fit):
+                out = cupy.empty((M, N), precision.storage)
+                gemm.runner(problem, tile)(x["a"], x["w"], x["bias"], x.get("residual"), out)
+                assert distance(out, want, name) <= 2 * precision.tolerance, (tile, M, N, K, parts)
 
 
 def forward(name: str) -> None:
