@@ -78,16 +78,16 @@ def operations(name: str) -> None:
 
 
 def forward(name: str) -> None:
-    """A small model of each version, call by call and as a graph, with padding at every stage and with none."""
-    for version, window in ((1, 7), (2, 8)):
+    """Small models of each version, eager and as graphs: padded at every stage, not at all, of one wide stage."""
+    for version, window, heads in ((1, 7, (3, 6)), (2, 8, (3, 6)), (1, 7, (12,)), (2, 8, (12,))):
         config = SwinConfig(
-            version=version, img_size=56, embed_dim=96, depths=(2, 2), num_heads=(3, 6), window_size=window,
-            num_classes=10,
+            version=version, img_size=56, embed_dim=32 * heads[0], depths=(2,) * len(heads), num_heads=heads,
+            window_size=window, num_classes=10,
         ).with_conventions("microsoft")  # fmt: skip
         params = bench.random_weights(config)
         exact = SwinTransformer(params, config, device="cpu", precision="fp64")
-        for size in ((50, 71), (8 * window, 8 * window)):
-            x = bench.images(2, config, size)
+        for size in ((50, 71), (8 * window, 8 * window))[len(heads) == 1 :]:
+            x = bench.images(2 if len(heads) > 1 else 1, config, size)
             for graphs in (False, True):
                 y = SwinTransformer(params, config, device="cuda", precision=name, graphs=graphs)(x)
                 error = bench.distance(y, np.asarray(exact(x)))

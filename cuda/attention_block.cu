@@ -20,7 +20,7 @@
 //              A_REGISTERS: LN(x) in registers; KV_BUFFERS for k and v; BIAS_SHARED: position_bias in shared memory;
 //              PIPELINED: a head's product with Wqkv runs during the softmax of the one before
 // arch, bound  sm_90a; latency of a window's chain of products, softmax and barriers
-#include "hopper.cuh"
+#include "attention.cuh"
 
 constexpr int N = WINDOW * WINDOW, KEYS = N <= 56 ? 56 : 64;
 constexpr int HEADS = C / 32, SLABS = C / 32, STEPS = C / 16;
@@ -51,26 +51,10 @@ constexpr int VECTORS_AT = STATS_AT + (COSINE && !ALONE ? TEAMS * SPLIT * 64 * 8
 constexpr int MASKS_AT = VECTORS_AT + 4 * VECTORS;
 constexpr int BARRIERS_AT = MASKS_AT + 2 * WARPGROUP * 4;
 constexpr int WEIGHT_BARRIERS = RESIDENT ? BLOCK_HEADS + 1 : TEAM * SLOTS;
-constexpr float LOG2_E = 1.4426950408889634f;
 static_assert(C % 32 == 0 && HEADS % SPLIT == 0 && SPLIT % CLUSTER == 0 && GROUPS % TEAM == 0);
 static_assert((WINDOW == 7 || WINDOW == 8) && (ALONE || !A_REGISTERS));
 static_assert(CLUSTER == 1 || (TEAMS == 1 && RESIDENT));
 static_assert(RESIDENT || (PART <= HEAD && CHUNKS % (2 * SLOTS) == 0));  // a chunk's slot and parity stay the same
-
-// Bit 4 j + e: key 8 j + 2 (lane % 4) + e % 2 and query row + 8 (e / 2) are on different sides of the row (or column)
-// where the shift's second region begins.
-DEVICE unsigned region_bits(unsigned row, unsigned t, unsigned begins, bool columns) {
-    auto second = [&](unsigned token) { return (columns ? token % WINDOW : token / WINDOW) >= begins; };
-    const bool mine[2] = {second(row), second(row + 8)};
-    unsigned bits = 0;
-#pragma unroll 1
-    for (unsigned j = 0; j < 8; ++j) {
-        const bool key[2] = {second(8 * j + 2 * t), second(8 * j + 2 * t + 1)};
-#pragma unroll
-        for (unsigned e = 0; e < 4; ++e) bits |= unsigned(key[e % 2] != mine[e / 2]) << (4 * j + e);
-    }
-    return bits;
-}
 
 extern "C" __global__ void __launch_bounds__(WARPGROUP* GROUPS, 1) __cluster_dims__(CLUSTER, 1, 1)
     attention_block(const scalar_t* x, const scalar_t* image, const float* vectors, const __half* position_bias,
@@ -202,8 +186,8 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP* GROUPS, 1) __cluster_dim
     }
     if ((shift_h | shift_w) && thread < WARPGROUP) {
         unsigned* bits = reinterpret_cast<unsigned*>(shared + MASKS_AT);
-        bits[thread] = region_bits(16 * warp() + lane() / 4, lane() % 4, WINDOW - shift_h, false);
-        bits[thread + WARPGROUP] = region_bits(16 * warp() + lane() / 4, lane() % 4, WINDOW - shift_w, true);
+        bits[thread] = region_bits<WINDOW>(16 * warp() + lane() / 4, lane() % 4, WINDOW - shift_h, false);
+        bits[thread + WARPGROUP] = region_bits<WINDOW>(16 * warp() + lane() / 4, lane() % 4, WINDOW - shift_w, true);
     }
 
     unsigned tile = TILES_AT + team * TILES * TILE, other = tile + (TILES - 1) * TILE;
@@ -399,22 +383,11 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP* GROUPS, 1) __cluster_dim
 
             // logits: the sums start as bias and mask
             float s[KEYS / 2];
-#pragma unroll
-            for (int p = 0; p < 4; ++p) {
-                const unsigned words[4] = {bias[p].x, bias[p].y, bias[p].z, bias[p].w};
-#pragma unroll
-                for (int k = 0; k < 4; ++k)
-                    if (8 * p + 2 * k < KEYS / 2) {
-                        const float2 two = unpack2<__half>(words[k]);
-                        s[8 * p + 2 * k] = two.x, s[8 * p + 2 * k + 1] = two.y;
-                    }
-            }
+            start_logits(s, bias);
             if (now.row[0] & ~ROW) {
                 const unsigned bits = (now.row[0] & LAST_Y ? masks[thread % WARPGROUP] : 0) |
                                       (now.row[0] & LAST_X ? masks[WARPGROUP + thread % WARPGROUP] : 0);
-#pragma unroll
-                for (int e = 0; e < KEYS / 2; ++e)
-                    if (bits >> e & 1) s[e] -= 100 * LOG2_E;
+                mask_logits(s, bits);
             }
             fence_for_async();
             named_barrier<WARPGROUP>(1 + group);
@@ -441,26 +414,8 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP* GROUPS, 1) __cluster_dim
 
             // softmax, its division left to the result
             float sum[2];
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                float high = s[2 * r];
-#pragma unroll
-                for (int j = 0; j < KEYS / 8; ++j) high = fmaxf(high, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
-                high = warp_max<4>(high);
-                sum[r] = 0;
-#pragma unroll
-                for (int j = 0; j < KEYS / 8; ++j) {
-                    s[4 * j + 2 * r] = fast_exp2(s[4 * j + 2 * r] - high);
-                    s[4 * j + 2 * r + 1] = fast_exp2(s[4 * j + 2 * r + 1] - high);
-                    sum[r] += s[4 * j + 2 * r] + s[4 * j + 2 * r + 1];
-                }
-            }
             unsigned p[4][4];
-#pragma unroll
-            for (int k = 0; k < 4; ++k)
-#pragma unroll
-                for (int e = 0; e < 4; ++e)
-                    p[k][e] = 8 * k + 2 * e < KEYS / 2 ? round2<scalar_t>(s[8 * k + 2 * e], s[8 * k + 2 * e + 1]) : 0;
+            exponentiate<scalar_t>(s, p, sum);
             float result[16];
             {
                 const unsigned long long b = tile_at(kv + SLAB);

@@ -359,8 +359,30 @@ DEVICE uint4 load_now(const void* p) {
 }
 
 // D[16, 8] += A[16, K] B[K, 8] over 32 bytes of k: K = 16 of 16-bit elements, 8 of float (fragments as of tf32).
+#if !(__CUDA_ARCH__ >= 800)
+// A product of 16 x 8 x 8 floats where there is no tf32: lanes fetch each other's elements. A call, as inlined many times
+// over it takes the compiler minutes.
+__device__ __noinline__ float4 mma_by_lanes(float4 d, uint4 a, uint2 b) {
+    const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+    const unsigned from_a[4] = {a.x, a.y, a.z, a.w}, from_b[2] = {b.x, b.y};
+    float z[4] = {d.x, d.y, d.z, d.w};
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+        float x[2], y[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            x[i] = __uint_as_float(__shfl_sync(ALL_LANES, from_a[k / 4 * 2 + i], g * 4 + k % 4));
+            y[i] = __uint_as_float(__shfl_sync(ALL_LANES, from_b[k / 4], (t * 2 + i) * 4 + k % 4));
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) z[i] = fmaf(x[i / 2], y[i % 2], z[i]);
+    }
+    return make_float4(z[0], z[1], z[2], z[3]);
+}
+#endif
+
 // EXACT float products are as good as float32's: high and low tf32 parts, less low times low, summed outside of the
-// tensor core, which truncates its sums. SM 7.5 has no tf32; its lanes fetch each other's elements, slowly.
+// tensor core, which truncates its sums. SM 7.5 has no tf32.
 template <typename T, bool EXACT>
 DEVICE void mma_step(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     if constexpr (sizeof(T) == 2) {
@@ -388,18 +410,9 @@ DEVICE void mma_step(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[
             mma_16x8x8_tf32(d, a_high, b_high);
         }
 #else
-        const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-#pragma unroll
-        for (int k = 0; k < 8; ++k) {
-            float x[2], y[2];
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                x[i] = __uint_as_float(__shfl_sync(ALL_LANES, a[k / 4 * 2 + i], g * 4 + k % 4));
-                y[i] = __uint_as_float(__shfl_sync(ALL_LANES, b[k / 4], (t * 2 + i) * 4 + k % 4));
-            }
-#pragma unroll
-            for (int i = 0; i < 4; ++i) d[i] = fmaf(x[i / 2], y[i % 2], d[i]);
-        }
+        const float4 z = mma_by_lanes(make_float4(d[0], d[1], d[2], d[3]), make_uint4(a[0], a[1], a[2], a[3]),
+                                      make_uint2(b[0], b[1]));
+        d[0] = z.x, d[1] = z.y, d[2] = z.z, d[3] = z.w;
 #endif
     }
 }

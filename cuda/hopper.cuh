@@ -75,6 +75,11 @@ DEVICE void store_async_in_block(unsigned to, float a, float b, float c, float d
                  "f"(a), "f"(b), "f"(c), "f"(d), "r"(barrier)
                  : "memory");
 }
+DEVICE void store_async_in_block(unsigned to, uint4 x, unsigned barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+                 "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(barrier)
+                 : "memory");
+}
 // As barrier_wait, and what other blocks of the cluster stored is seen.
 DEVICE void barrier_wait_cluster(unsigned long long* barrier, unsigned parity) {
     asm volatile(
@@ -106,6 +111,15 @@ DEVICE void copy_bulk(void* to, const void* from, unsigned bytes, unsigned long 
                  "l"(from), "r"(bytes), "r"(shared_address(barrier))
                  : "memory");
 }
+// The same to where it lies in all of these blocks of the cluster, bit i for block i; it counts at the barrier of each.
+DEVICE void copy_bulk_to_blocks(void* to, const void* from, unsigned bytes, unsigned long long* barrier,
+                                unsigned blocks) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
+        "%4;" ::"r"(shared_address(to)),
+        "l"(from), "r"(bytes), "r"(shared_address(barrier)), "h"(static_cast<unsigned short>(blocks))
+        : "memory");
+}
 // A box of a two-dimensional tensor map, its inner coordinate first.
 DEVICE void copy_box(void* to, const TensorMap* map, int inner, int outer, unsigned long long* barrier) {
     asm volatile(
@@ -130,6 +144,13 @@ DEVICE void fence_for_async() { asm volatile("fence.proxy.async.shared::cta;" ::
 // Four 8 x 8 matrices of 16-bit elements to shared memory; lane l gives the address of row l % 8 of matrix l / 8.
 DEVICE void store_matrix_x4(unsigned to, unsigned r0, unsigned r1, unsigned r2, unsigned r3) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(r0), "r"(r1),
+                 "r"(r2), "r"(r3)
+                 : "memory");
+}
+
+// The same, each transposed on the way.
+DEVICE void store_matrix_x4_trans(unsigned to, unsigned r0, unsigned r1, unsigned r2, unsigned r3) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(r0), "r"(r1),
                  "r"(r2), "r"(r3)
                  : "memory");
 }

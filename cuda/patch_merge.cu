@@ -19,18 +19,20 @@ extern "C" __global__ void __launch_bounds__(ROWS* GROUP)
     const int W2 = (W + 1) / 2, H2 = (H + 1) / 2;
     const int w = 2 * (r % W2), h = 2 * (r / W2 % H2), b = r / W2 / H2;
 
+    using R = Row<4 * C, VEC, GROUP>;
+    typename R::template Packs<scalar_t> g, s;
+    if constexpr (NORM) g.load_from(gamma), s.load_from(beta);
     let_next_kernel_start();
     wait_for_kernels_ahead();
-    Row<4 * C, VEC, GROUP> row;
+    R row;
     row.each([&](float (&pack)[VEC], int k) {
         const int part = k / C, y = h + part % 2, z = w + part / 2;  // column by column
-        if (inside && y < H && z < W) {
-            load<VEC>(x + ((static_cast<size_t>(b) * H + y) * W + z) * C + k % C, pack);
-        } else {
+        const bool exists = inside && y < H && z < W;
+        const size_t token = exists ? (static_cast<size_t>(b) * H + y) * W + z : 0;  // a load that is always made
+        load<VEC>(x + token * C + k % C, pack);                                      // does not wait for others
 #pragma unroll
-            for (int i = 0; i < VEC; ++i) pack[i] = 0;
-        }
+        for (int i = 0; i < VEC; ++i) pack[i] = exists ? pack[i] : 0;
     });
-    if constexpr (NORM) row.normalise(gamma, beta, eps);
+    if constexpr (NORM) row.normalise(g, s, eps);
     if (inside) row.store_to(out + static_cast<size_t>(r) * 4 * C);
 }

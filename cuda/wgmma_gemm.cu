@@ -1,13 +1,17 @@
-// wgmma_gemm   out[m, n] = act(sum_k a[m, k] w[n, k] + bias[n]) + residual[m, n],  act = the exact gelu where GELU
+// wgmma_gemm   out[m, n] = act(sum_k a[m, k] w[n, k] + bias[n]) + residual[m, n],  act = the exact gelu where GELU;
+//              NORM: (a[m, k] - mean_m) / deviation_m in place of a[m, k], the row's without affine part
 // shapes       a [M, K], w [N, K] by their tensor maps; bias [N] scalar_t or null; residual, out [M, N] scalar_t;
-//              residual may be null or out, and is null where GELU; everything on 16 bytes
-// math         products on tensor cores, of float in tf32; fp32 sums, which begin at bias + residual
+//              residual may be null or out, and is null where GELU or NORM; everything on 16 bytes.
+//              moments_of_a [M, K / 32] and, written where MOMENTS, moments [M, N / 32]: mean and sum of squared
+//              deviations from it of 32 neighbours in a row; sums_of_w [N] float: of each row of w
+// math         products on tensor cores, of float in tf32; fp32 sums, which begin at bias + residual. The norm comes
+//              after the product: sum_k (a - mean) / deviation w = (sum_k a w - mean sum_k w) / deviation
 // grid         a tile [BM, BN] of out after the other, those of a row side by side; GROUPS warpgroups multiply, in turns:
 //              one stores while the other multiplies. One warp fetches. With SPLIT > 1 the blocks of a cluster share a
 //              tile's K and add up their parts in order. Shared memory: Tile.shared in ops/wgmma.py
 // constants    scalar_t = float | __half | __nv_bfloat16; BM = 64 or 128, BN = 32, 64, 96, 128, 192 or 256; GROUPS = 1 or 2;
-//              STAGES >= 2; SPLIT = 1, 2, 4 or 8, which divides BM BN / 1024, and then GROUPS == 1; GELU. N % 32 == 0,
-//              the bytes of K are a multiple of 16
+//              STAGES >= 2; SPLIT = 1, 2, 4 or 8, which divides BM BN / 1024, and then GROUPS == 1 and BM == 64; GELU;
+//              NORM: BN <= 96, K % 32 == 0, K <= 1536; MOMENTS. N % 32 == 0, the bytes of K are a multiple of 16
 // arch, bound  sm_90a only; memory-bound for K < 300, then L2 or tensor cores
 #include "hopper.cuh"
 
@@ -17,12 +21,55 @@ constexpr int STAGE = (BM + BN) * SLAB, MULTIPLIERS = GROUPS * WARPGROUP;
 constexpr int THREADS = MULTIPLIERS + (GROUPS == 2 ? WARPGROUP : WARP);
 constexpr int TALL = BM / 64, COLUMNS = BN / 32;  // products of 64 rows on top of each other, groups of 32 columns
 constexpr int UNITS = TALL * COLUMNS * 2;         // pieces of eight sums of a thread, neighbours in a row of out
-constexpr int BLOCKS = GROUPS == 2 || TALL * BN > 128 ? 1 : TALL * BN > 64 ? 2 : 3;
-static_assert(SPLIT == 1 || (GROUPS == 1 && UNITS % SPLIT == 0));
+constexpr int BLOCKS = GROUPS == 2 || TALL * BN > 128 ? 1 : TALL * BN > 64 || NORM ? 2 : 3;
+static_assert(SPLIT == 1 || (GROUPS == 1 && TALL == 1 && UNITS % SPLIT == 0));
+static_assert(!NORM || COLUMNS <= 3, "what a norm needs is in registers");
+
+// Of ROWS rows of a, 1 / deviation and -mean / deviation, from the moments of each 32 of their K numbers, which four
+// lanes read. All are asked for at once.
+template <int ROWS>
+DEVICE void norms(const float2* moments, const int (&row)[ROWS], int K, float eps, float (&scale)[ROWS],
+                  float (&offset)[ROWS]) {
+    constexpr int MOST = 1536 / 32 / 4;
+    const int groups = K / 32, t = threadIdx.x % 4;
+    float2 part[ROWS][MOST];
+#pragma unroll
+    for (int i = 0; i < MOST; ++i)
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r)
+            if (4 * i + t < groups) part[r][i] = moments[static_cast<size_t>(row[r]) * groups + 4 * i + t];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+        const float near = __shfl_sync(ALL_LANES, part[r][0].x, threadIdx.x % WARP / 4 * 4);  // so that little cancels
+        float sum = 0, squares = 0;
+#pragma unroll
+        for (int i = 0; i < MOST; ++i)
+            if (4 * i + t < groups) {
+                const float apart = part[r][i].x - near;
+                sum += apart, squares += fmaf(32 * apart, apart, part[r][i].y);
+            }
+        const float apart = warp_sum<4>(sum) / groups;
+        const float variance = warp_sum<4>(squares) / K - apart * apart;
+        scale[r] = rsqrtf(fmaxf(variance, 0.0f) + eps), offset[r] = -(near + apart) * scale[r];
+    }
+}
+
+// What a norm of a needs of eight columns.
+struct Columns {
+    float sums[8], bias[8];
+};
+
+struct Yes {
+    static constexpr bool value = true;
+};
+struct No {
+    static constexpr bool value = false;
+};
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(SPLIT, 1, 1)
     wgmma_gemm(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap w,
-               const scalar_t* __restrict__ bias, const scalar_t* residual, scalar_t* out, int M, int N, int K) {
+               const scalar_t* __restrict__ bias, const scalar_t* residual, scalar_t* out, const float2* moments_of_a,
+               const float* __restrict__ sums_of_w, float2* moments, int M, int N, int K, float eps) {
     extern __shared__ __align__(1024) unsigned char smem[];
     auto* const full = reinterpret_cast<unsigned long long*>(smem + STAGES * STAGE);
     auto* const empty = full + STAGES;
@@ -42,8 +89,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
     __syncthreads();
     let_next_kernel_start();
 
-    float sum[TALL][BN / 2];
+    float sum[TALL][BN / 2], scale[TALL][2], offset[TALL][2];
     const auto row_of = [&](int t, int h) { return t * 64 + int(thread / WARP) * 16 + int(lane / 4) + h * 8; };
+    const auto columns_at = [&](int n) {
+        Columns of = {};
+        if (NORM && n < N) load<8>(sums_of_w + n, of.sums);
+        if (NORM && n < N && bias) load<8>(bias + n, of.bias);
+        return of;
+    };
+    // Eight sums of row m from column n on become results; a warp's lanes are all in the same 32 columns.
+    const auto finish = [&](float (&z)[8], int m, int n, float scale, float offset, const Columns& of) {
+        if constexpr (NORM) {
+#pragma unroll
+            for (int e = 0; e < 8; ++e) z[e] = fmaf(z[e], scale, fmaf(of.sums[e], offset, of.bias[e]));
+        }
+        if constexpr (GELU) {
+#pragma unroll
+            for (int e = 0; e < 8; ++e) z[e] = gelu_to<scalar_t>(z[e]);
+        }
+        if (m < M) store<8>(out + static_cast<size_t>(m) * N + n, z);
+        if constexpr (MOMENTS) {
+            float total = 0, squares = 0;
+#pragma unroll
+            for (int e = 0; e < 8; ++e) total += z[e];
+            const float mean = warp_sum<4>(total) * (1.0f / 32);
+#pragma unroll
+            for (int e = 0; e < 8; ++e) squares = fmaf(z[e] - mean, z[e] - mean, squares);
+            squares = warp_sum<4>(squares);
+            if (m < M && lane % 4 == 0)
+                moments[static_cast<size_t>(m) * (N / 32) + n / 32] = make_float2(mean, squares);
+        }
+    };
     if (threadIdx.x >= MULTIPLIERS) {  // fetches, one thread for all
         if constexpr (GROUPS == 2) give_registers<40>();
         if (threadIdx.x == MULTIPLIERS) {
@@ -86,28 +162,40 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
         if (GROUPS == 2 && group == 1) named_barrier_arrive<MULTIPLIERS>(TURN);
         for (int turn = group, tile = first + group * step; tile < tiles; turn += GROUPS, tile += GROUPS * step) {
             const int m0 = m_of(tile), n0 = n_of(tile);
-            // Sums begin at bias and residual, in one of the parts.
+            Columns columns[COLUMNS];
+            if constexpr (NORM) {  // sums begin at nothing
 #pragma unroll
-            for (int c = 0; c < COLUMNS; ++c) {
-                const int n = n0 + c * 32 + lane % 4 * 8;
-                float b[8] = {};
-                if (bias && part == 0 && n < N) load<8>(bias + n, b);
+                for (int c = 0; c < COLUMNS; ++c) columns[c] = columns_at(n0 + c * 32 + lane % 4 * 8);
 #pragma unroll
-                for (int t = 0; t < TALL; ++t)
+                for (int t = 0; t < TALL; ++t) {
+                    const int rows[2] = {min(m0 + row_of(t, 0), M - 1), min(m0 + row_of(t, 1), M - 1)};
+                    norms(moments_of_a, rows, K, eps, scale[t], offset[t]);
+                }
+            } else {  // at bias and residual, in one of the parts
 #pragma unroll
-                    for (int h = 0; h < 2; ++h) {
-                        const int m = m0 + row_of(t, h);
-                        float r[8] = {};
-                        if (!GELU && residual && part == 0 && m < M && n < N)
-                            load<8>(residual + static_cast<size_t>(m) * N + n, r);
+                for (int c = 0; c < COLUMNS; ++c) {
+                    const int n = n0 + c * 32 + lane % 4 * 8;
+                    float b[8] = {};
+                    if (bias && part == 0 && n < N) load<8>(bias + n, b);
 #pragma unroll
-                        for (int e = 0; e < 8; ++e) sum[t][c * 16 + e / 2 * 4 + h * 2 + e % 2] = b[e] + r[e];
-                    }
+                    for (int t = 0; t < TALL; ++t)
+#pragma unroll
+                        for (int h = 0; h < 2; ++h) {
+                            const int m = m0 + row_of(t, h);
+                            float r[8] = {};
+                            if (!GELU && residual && part == 0 && m < M && n < N)
+                                load<8>(residual + static_cast<size_t>(m) * N + n, r);
+#pragma unroll
+                            for (int e = 0; e < 8; ++e) sum[t][c * 16 + e / 2 * 4 + h * 2 + e % 2] = b[e] + r[e];
+                        }
+                }
+#pragma unroll
+                for (int t = 0; t < TALL; ++t) hold(sum[t]);
             }
             if constexpr (GROUPS == 2) named_barrier<MULTIPLIERS>(TURN + group);
             int stage = turn * slabs % STAGES;
             unsigned parity = turn * slabs / STAGES % 2;
-            const auto multiply = [&] {
+            const auto multiply = [&](auto first) {
                 barrier_wait(&full[stage], parity);
                 const unsigned char* slab = smem + stage * STAGE;
                 const unsigned long long of_a = descriptor<128>(shared_address(slab));
@@ -116,17 +204,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
 #pragma unroll
                 for (int k = 0; k < 4; ++k)
 #pragma unroll
-                    for (int t = 0; t < TALL; ++t)
-                        wgmma<scalar_t>(sum[t], of_a + t * (64 * SLAB / 16) + 2 * k, of_w + 2 * k);
+                    for (int t = 0; t < TALL; ++t) {
+                        const unsigned long long of_rows = of_a + t * (64 * SLAB / 16) + 2 * k;
+                        if (NORM && first.value && k == 0)
+                            wgmma_first<scalar_t>(sum[t], of_rows, of_w);
+                        else
+                            wgmma<scalar_t>(sum[t], of_rows, of_w + 2 * k);
+                    }
                 wgmma_commit();
                 if (++stage == STAGES) stage = 0, parity ^= 1;
             };
-#pragma unroll
-            for (int t = 0; t < TALL; ++t) hold(sum[t]);
-            multiply();  // not in the loop: the compiler serialises products whose sums come into a loop from outside
+            // The first is not in the loop: the compiler serialises products whose sums come into one from outside.
+            multiply(Yes());
             for (int s = 1; s < slabs; ++s) {
                 const int before = stage ? stage - 1 : STAGES - 1;
-                multiply();
+                multiply(No());
                 wgmma_wait<1>();
                 release(before);
             }
@@ -147,12 +239,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
                         for (int h = 0; h < 2; ++h) {
                             float z[8];
 #pragma unroll
-                            for (int e = 0; e < 8; ++e) {
-                                z[e] = sum[t][c * 16 + e / 2 * 4 + h * 2 + e % 2];
-                                if constexpr (GELU) z[e] = gelu_to<scalar_t>(z[e]);
-                            }
-                            const int m = m0 + row_of(t, h);
-                            if (m < M) store<8>(out + static_cast<size_t>(m) * N + n, z);
+                            for (int e = 0; e < 8; ++e) z[e] = sum[t][c * 16 + e / 2 * 4 + h * 2 + e % 2];
+                            finish(z, m0 + row_of(t, h), n, scale[t][h], offset[t][h], columns[c]);
                         }
                 }
             }
@@ -166,33 +254,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
         if (multiplies) {
             named_barrier<WARPGROUP>(1);  // all have read the ring
 #pragma unroll
-            for (int t = 0; t < TALL; ++t)
-#pragma unroll
-                for (int i = 0; i < BN / 2; ++i) parts[(t * (BN / 2) + i) * WARPGROUP + thread] = sum[t][i];
+            for (int i = 0; i < BN / 2; ++i) parts[i * WARPGROUP + thread] = sum[0][i];
         }
         cluster_barrier();
         if (multiplies) {
 #pragma unroll
-            for (int i = 0; i < UNITS / SPLIT; ++i) {  // (c, t, h), h running fastest
-                const int unit = part * (UNITS / SPLIT) + i, h = unit % 2, t = unit / 2 % TALL, c = unit / 2 / TALL;
-                const int m = m_of(first) + row_of(t, h), n = n_of(first) + c * 32 + lane % 4 * 8;
-                if (m >= M || n >= N) continue;
+            for (int i = 0; i < UNITS / SPLIT; ++i) {  // (c, h), h running fastest
+                const int unit = part * (UNITS / SPLIT) + i, h = unit % 2, c = unit / 2;
+                const int m = m_of(first) + row_of(0, h), n = n_of(first) + c * 32 + lane % 4 * 8;
+                if (n >= N) continue;
                 float parts_of[SPLIT][8], z[8] = {};
 #pragma unroll
                 for (int p = 0; p < SPLIT; ++p)
 #pragma unroll
                     for (int e = 0; e < 8; ++e)
-                        parts_of[p][e] = load_of_cluster(
-                            parts + (t * (BN / 2) + c * 16 + e / 2 * 4 + h * 2 + e % 2) * WARPGROUP + thread, p);
+                        parts_of[p][e] =
+                            load_of_cluster(parts + (c * 16 + e / 2 * 4 + h * 2 + e % 2) * WARPGROUP + thread, p);
 #pragma unroll
                 for (int p = 0; p < SPLIT; ++p)
 #pragma unroll
                     for (int e = 0; e < 8; ++e) z[e] += parts_of[p][e];
-                if constexpr (GELU) {
-#pragma unroll
-                    for (int e = 0; e < 8; ++e) z[e] = gelu_to<scalar_t>(z[e]);
-                }
-                store<8>(out + static_cast<size_t>(m) * N + n, z);
+                finish(z, m, n, h ? scale[0][1] : scale[0][0], h ? offset[0][1] : offset[0][0], columns_at(n));
             }
         }
         __syncwarp();

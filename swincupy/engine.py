@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import sys
 import threading
 import traceback
 from collections import OrderedDict
@@ -47,7 +48,7 @@ class Eager:
         (mean, std) -> what ``ops.patch_embed`` keeps of them, which is made before it is needed: graphs share it,
         so that it must not lie in the memory of one.
     packers : mapping, optional
-        ``pack_attention`` and ``pack_mlp`` of `parameters.fold`.
+        ``pack_attention``, ``pack_mlp`` and ``fold_norm`` of `parameters.fold`.
     """
 
     def __init__(
@@ -220,24 +221,44 @@ class _Replay:
             return cupy.cuda.MemoryPointer(memory, 0)
 
         self._pool = cupy.cuda.MemoryPool(allocate)
-        with self._stream, cupy.cuda.using_allocator(self._pool.malloc):
-            self._input = cupy.zeros(shape, dtype)
-            run(self._input)  # compiles kernels, chooses algorithms, and leaves its memory in the pool
-            self._stream.synchronize()
-            held = self._pool.total_bytes()
-            grown.clear()
-            # relaxed, so that the pool may grow: it hands out its memory in another order than when it was empty
-            self._stream.begin_capture(cupy.cuda.runtime.streamCaptureModeRelaxed)
-            try:
-                self._output = run(self._input)
-            except BaseException:
-                with contextlib.suppress(cupy.cuda.runtime.CUDARuntimeError):
-                    self._stream.end_capture()
-                raise
-            self._graph = self._stream.end_capture()
-        if self._pool.total_bytes() < held + sum(grown):
-            # short of memory, the pool gave some back to the device that the graph was already going to use
-            raise cupy.cuda.memory.OutOfMemoryError(sum(grown), held)
+        try:
+            with self._stream, cupy.cuda.using_allocator(self._pool.malloc):
+                self._input = cupy.zeros(shape, dtype)
+                self._device = self._input.device
+                run(self._input)  # compiles kernels, chooses algorithms, and leaves its memory in the pool
+                self._stream.synchronize()
+                held = self._pool.total_bytes()
+                grown.clear()
+                self._capture(run)
+            if self._pool.total_bytes() < held + sum(grown):
+                # short of memory, the pool gave some back to the device that the graph was already going to use
+                raise cupy.cuda.memory.OutOfMemoryError(sum(grown), held)
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # what they hold goes back to the pool
+            self.__del__()
+            raise
+
+    def _capture(self, run: Callable[[Array], Any]) -> None:
+        import cupy
+
+        # relaxed, so that the pool may grow: it hands out its memory in another order than when it was empty
+        self._stream.begin_capture(cupy.cuda.runtime.streamCaptureModeRelaxed)
+        try:
+            self._output = run(self._input)
+        except BaseException:
+            with contextlib.suppress(cupy.cuda.runtime.CUDARuntimeError):
+                self._stream.end_capture()
+            raise
+        self._graph = self._stream.end_capture()
+
+    def __del__(self) -> None:
+        """Give all memory back while there is a pool: CuPy loses the pieces of what was split that outlive theirs."""
+        if sys.is_finalizing():
+            return
+        self._graph = self._output = self._input = None
+        if device := self.__dict__.pop("_device", None):
+            with device:
+                self._pool.free_all_blocks()
 
     def __call__(self, pixels: Array, export: Callable[[Array], Array]) -> Any:
         import cupy

@@ -29,12 +29,14 @@ _SCALARS = {
 _ELEMENTS = {
     "float": np.dtype(np.float32), "__half": np.dtype(np.float16), "__nv_bfloat16": np.dtype(np.uint16),
     "unsigned char": np.dtype(np.uint8), "int": np.dtype(np.int32), "unsigned int": np.dtype(np.uint32),
-    "signed char": np.dtype(np.int8),
+    "signed char": np.dtype(np.int8), "float2": np.dtype(np.float32),
 }  # fmt: skip
 _SHARED_DEFAULT = 48 * 1024  # more dynamic shared memory has to be asked for
 
 HOPPER = "sm_90a"  # what kernels that include hopper.cuh are built for
 HOPPER_SHARED = 227 * 1024  # bytes of shared memory that a block may have there
+_PORTABLE_CLUSTER = 8  # blocks; more have to be asked for
+_NON_PORTABLE_CLUSTER = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
 
 
 class Variant(NamedTuple):
@@ -211,6 +213,19 @@ def _build(name: str, constants: dict[str, Constant], arch: str | None) -> Kerne
         raise DeviceError(f"{name}: kernel must compile for SM {sm} with {constants}, got {error}") from error
     early = "wait_for_kernels_ahead();" in _read(f"{name}.cu") and compute_capability() >= 90 and _driver() is not None
     return Kernel(name, raw, parameters(name, constants), cupy.cuda.device.get_device_id(), early)
+
+
+def allow_clusters(kernel: Kernel, blocks: int) -> None:
+    """Before its launch: the kernel's clusters have so many blocks, up to 16."""
+    if blocks > _PORTABLE_CLUSTER:
+        _allow_large_clusters(kernel)
+
+
+@functools.cache
+def _allow_large_clusters(kernel: Kernel) -> None:
+    from cupy.cuda import driver
+
+    driver.funcSetAttribute(kernel.raw.kernel.ptr, _NON_PORTABLE_CLUSTER, 1)
 
 
 def compute_capability() -> int:

@@ -78,6 +78,7 @@ def fold(
     exact: Callable[[Array], Array] | None = None,
     pack_attention: Callable[..., Any] = lambda weights, **options: None,
     pack_mlp: Callable[..., Any] = lambda weights, **options: None,
+    fold_norm: Callable[..., Any] = lambda *arrays: None,
 ) -> Weights:
     """Nest flat parameters into one dictionary of arguments for each operation of the forward pass.
 
@@ -92,6 +93,9 @@ def fold(
         The same for the few numbers that shall not be rounded to 16 bits, V2's logit scales.
     pack_attention, pack_mlp : callable
         Take a block's weights on the host to what its operations accept as ``packed`` besides them, or to None.
+    fold_norm : callable
+        Takes the weight and bias of a linear layer and of V1's norm before it to a layer's weight, bias and sums
+        with which its operation wants a norm without an affine part, or to None.
 
     Returns
     -------
@@ -114,6 +118,16 @@ def fold(
     def packed(made: Any) -> Weights:
         return {} if made is None else {"packed": made}
 
+    def folded(raw: dict[str, Any], layer: str) -> Weights:
+        names = (f"{layer}_weight", f"{layer}_bias", "norm_weight", "norm_bias")
+        made = fold_norm(*(raw[name] for name in names)) if c.version == 1 else None
+        if made is None:
+            return {k: None if v is None else convert(v) for k, v in raw.items()}
+        weight, bias, sums = made
+        gamma, beta = np.ones_like(raw["norm_weight"]), np.zeros_like(raw["norm_bias"])
+        new = dict(zip(names, (weight, bias, gamma, beta), strict=True))
+        return {k: None if v is None else convert(v) for k, v in (raw | new).items()} | {f"{layer}_sums": sums}
+
     def block(i: int, j: int) -> Weights:
         name = f"layers.{i}.blocks.{j}"
         raw = given(
@@ -126,7 +140,9 @@ def fold(
         if c.version == 2 and c.qkv_bias:
             q, v = (np.asarray(params[f"{name}.attn.{part}_bias"]) for part in "qv")
             raw["qkv_bias"] = np.concatenate([q, np.zeros_like(q), v])  # V2's keys have no bias
-        attn: Weights = {k: None if v is None else convert(v) for k, v in raw.items()}
+        attn = folded(raw, "qkv")
+        if "qkv_sums" in attn and raw["qkv_bias"] is not None:
+            attn["pad_bias"] = convert(raw["qkv_bias"])
         attn |= {"eps": c.norm_eps, "num_heads": c.num_heads[i]}
         scale = None
         if c.version == 1:
@@ -148,7 +164,7 @@ def fold(
                 "fc2_weight": f"{name}.mlp.fc2.weight", "fc2_bias": f"{name}.mlp.fc2.bias",
             }
         )  # fmt: skip
-        mlp: Weights = {k: None if v is None else convert(v) for k, v in raw.items()}
+        mlp = folded(raw, "fc1")
         mlp |= {"eps": c.norm_eps} | packed(pack_mlp(raw, post_norm=c.version == 2))
         return {"attn": attn, "mlp": mlp, "position": position}
 
@@ -159,8 +175,10 @@ def fold(
         return layer_norm(f"{name}.norm", "norm_", eps=1e-5) | {
             "reduction_weight": get(f"{name}.reduction.weight"),
             "post_norm": c.version == 2,
+            **({"moments": True} if "qkv_sums" in blocks[i + 1][0]["attn"] else {}),
         }
 
+    blocks = [[block(i, j) for j in range(depth)] for i, depth in enumerate(c.depths)]
     last = f"norm{c.num_stages - 1}"
     if f"{last}.weight" not in params:
         last = "norm"
@@ -172,9 +190,7 @@ def fold(
             "patch_pad": c.patch_pad or "pad",
         },
         "position_embedding": params.get("absolute_pos_embed"),
-        "stages": [
-            {"blocks": [block(i, j) for j in range(depth)], "merge": merge(i)} for i, depth in enumerate(c.depths)
-        ],
+        "stages": [{"blocks": of_stage, "merge": merge(i)} for i, of_stage in enumerate(blocks)],
         "norm": layer_norm("norm") if "norm.weight" in params else None,
         "level_norms": {
             i: layer_norm(name, eps=c.norm_eps if name == "norm" else 1e-5)

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,7 +34,7 @@ class Shape(NamedTuple):
     M: int
     N: int
     K: int
-    epilogue: str  # "none", "bias", "bias+gelu" or "bias+residual"
+    epilogue: str  # as `ops.gemm.Problem` has it
     times: int
 
 
@@ -54,7 +54,13 @@ class Result(NamedTuple):
 # ---------------------------------------------------------------- which products a model has
 
 
-def gemm_shapes(config: SwinConfig, batch: int, height: int, width: int) -> list[Shape]:
+def gemm_shapes(
+    config: SwinConfig,
+    batch: int,
+    height: int,
+    width: int,
+    moments: Callable[[int, int, int], bool] = lambda M, N, K: False,
+) -> list[Shape]:
     """The matrix products of a forward pass, in its order.
 
     The patch embedding is not among them: its kernel has its own products.
@@ -65,6 +71,9 @@ def gemm_shapes(config: SwinConfig, batch: int, height: int, width: int) -> list
     batch : int
     height, width : int
         Pixels.
+    moments : callable
+        Of M, N and K: whether that product gives the moments of its rows, and with them the next takes its norm, see
+        `ops.gemm.gives_moments`.
     """
     shapes = []
     bias = "bias" if config.qkv_bias else "none"
@@ -72,15 +81,18 @@ def gemm_shapes(config: SwinConfig, batch: int, height: int, width: int) -> list
     geometry = stage_geometry(config, height, width)
     for i, (C, depth, g) in enumerate(zip(config.dims, config.depths, geometry, strict=True)):
         M, hidden = batch * g.grid[0] * g.grid[1], config.hidden_dim(i)
+        norm = "norm+" if config.version == 1 and moments(M, C, C) else ""
+        after = "+moments" if norm else ""
         shapes += [
-            Shape(f"stage{i}.qkv", M, 3 * C, C, bias, depth),
-            Shape(f"stage{i}.proj", M, C, C, to_residual, depth),
-            Shape(f"stage{i}.fc1", M, hidden, C, "bias+gelu", depth),
-            Shape(f"stage{i}.fc2", M, C, hidden, to_residual, depth),
+            Shape(f"stage{i}.qkv", M, 3 * C, C, norm + bias.replace("none", "bias" if norm else "none"), depth),
+            Shape(f"stage{i}.proj", M, C, C, to_residual + after, depth),
+            Shape(f"stage{i}.fc1", M, hidden, C, f"{norm}bias+gelu", depth),
+            Shape(f"stage{i}.fc2", M, C, hidden, to_residual + after, depth),
         ]
         if i + 1 < config.num_stages:
             h, w = geometry[i + 1].grid
-            shapes.append(Shape(f"stage{i}.merge", batch * h * w, 2 * C, 4 * C, "none", 1))
+            after = "moments" if config.version == 1 and moments(batch * h * w, 2 * C, 4 * C) else "none"
+            shapes.append(Shape(f"stage{i}.merge", batch * h * w, 2 * C, 4 * C, after, 1))
     if config.num_classes:
         shapes.append(Shape("head", batch, config.num_classes, config.num_features, "bias", 1))
     return shapes
@@ -167,6 +179,8 @@ def measure(
     from tqdm import tqdm
 
     from swincupy import engine
+    from swincupy import precision as precisions
+    from swincupy.ops import gemm
 
     config = _config(config)
     if batch < 1:
@@ -177,7 +191,9 @@ def measure(
     _require_gpu(precision)
     import cupy
 
-    shapes = gemm_shapes(config, engine.bucket(batch), *size)
+    shapes = gemm_shapes(
+        config, engine.bucket(batch), *size, lambda M, N, K: gemm.gives_moments(M, N, K, precisions.of(precision))
+    )
     found: dict[Problem, tuple[Choice, float, float]] = {}
     results = []
     for shape in tqdm(shapes, desc="tune", unit="product", disable=not progress, file=sys.stderr):
@@ -217,8 +233,8 @@ def problem(shape: Shape, precision: str) -> Problem:
     """The product as `swincupy.ops.gemm` knows it."""
     from swincupy.ops.gemm import Problem
 
-    parts = shape.epilogue.split("+")
-    return Problem(shape.M, shape.N, shape.K, precision, "bias" in parts, "gelu" in parts, "residual" in parts)
+    parts = {k: True for k in shape.epilogue.split("+") if k != "none"}
+    return Problem(shape.M, shape.N, shape.K, precision, **{"bias": False, "gelu": False, "residual": False} | parts)
 
 
 def _measure(key: Problem) -> tuple[Choice, float, float]:
@@ -227,7 +243,7 @@ def _measure(key: Problem) -> tuple[Choice, float, float]:
     import numpy as np
 
     from swincupy import precision as precisions
-    from swincupy.ops import cutlass, gemm, wgmma
+    from swincupy.ops import cutlass, gemm, gemv, wgmma
 
     p = precisions.of(key.precision)
     rng = np.random.default_rng(0)
@@ -236,11 +252,16 @@ def _measure(key: Problem) -> tuple[Choice, float, float]:
     def array(wanted: bool, *shape: int) -> Any:
         return cupy.asarray(np.resize(draw, shape)) if wanted else None
 
+    def moments(C: int) -> Any:
+        return cupy.ones((key.M, C // wgmma.MOMENTS, 2), np.float32)
+
     arrays = (
         array(True, key.M, key.K), array(True, key.N, key.K), array(key.bias, key.N),
         array(key.residual, key.M, key.N), array(True, key.M, key.N),
+        wgmma.Norm(moments(key.K), cupy.zeros(key.N, np.float32), 1e-5) if key.norm else None,
+        moments(key.N) if key.moments else None,
     )  # fmt: skip
-    choices = gemm.choices(key, 64, gemm.TILES + wgmma.TILES + cutlass.TILES)
+    choices = gemm.choices(key, 64, gemm.TILES + gemv.TILES + wgmma.TILES + cutlass.TILES)
     first = gemm.search(key, choices, arrays)
     if not first:
         raise DeviceError(f"tune: no algorithm runs {key}")
@@ -275,7 +296,9 @@ def environment(device: int) -> str:
 
     name = cupy.cuda.runtime.getDeviceProperties(device)["name"].decode()
     driver, library = cupy.cuda.runtime.driverGetVersion(), bindings().get_version()
-    kernels = " ".join(jit.include_hash(f"{kernel}.cu")[:12] for kernel in ("gemm", "wgmma_gemm", "cutlass_gemm"))
+    kernels = " ".join(
+        jit.include_hash(f"{kernel}.cu")[:12] for kernel in ("gemm", "gemv", "wgmma_gemm", "cutlass_gemm")
+    )
     return f"{name} | driver {driver} | cuBLASLt {library} | kernels {kernels}"
 
 
@@ -399,11 +422,11 @@ def _encode(choice: Choice) -> str | list[Any]:
 
 
 def _decode(stored: Any) -> Choice:
-    from swincupy.ops import cutlass, gemm, wgmma
+    from swincupy.ops import cutlass, gemm, gemv, wgmma
 
     if isinstance(stored, str):
         return bytes.fromhex(stored)
-    for tile in gemm.TILES + wgmma.TILES + cutlass.TILES:
+    for tile in gemm.TILES + gemv.TILES + wgmma.TILES + cutlass.TILES:
         if [tile.kernel, *tile] == stored:
             return tile
     raise ValueError(f"no such tile: {stored}")

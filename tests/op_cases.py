@@ -107,6 +107,8 @@ CASES = [
     embed((2, 35, 62, 3), (260, 3, 4, 4), "uint8", patch_pad="crop", normed=False),
     embed((2, 9, 13, 1), (45, 1, 2, 3), "uint8", biased=False),
     embed((1, 17, 32, 4), (96, 4, 16, 16), "uint8"),
+    embed((3, 3, 52, 60), (32, 3, 4, 4)), embed((3, 52, 60, 3), (32, 3, 4, 4), "uint8"),  # tiles in turn
+    embed((1, 3, 11, 18), (36, 3, 5, 6)), embed((1, 11, 18, 3), (200, 3, 5, 6), "uint8"),
     Case("linear", {"x": (2, 5, 24), "weight": (10, 24), "bias": (10,)}),
     Case("linear", {"x": (3, 32), "weight": (40, 32)}),
     mlp((2, 9, 24), 96), mlp((2, 3, 5, 32), 100, False), mlp((1, 3, 5, 24), 96, True),

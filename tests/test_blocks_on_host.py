@@ -82,6 +82,10 @@ ATTENTIONS = [
     (192, True, 8, (1, 8, 16), (4, 4), "fp16", fused_attention._FEW[192][1][0]),
     (256, False, 8, (1, 8, 16), (4, 4), "bf16", None),
     (256, True, 7, (1, 7, 14), (0, 3), "fp16", fused_attention._FEW[256][0][0]),
+    (384, False, 7, (1, 14, 7), (3, 2), "fp16", None),
+    (384, True, 8, (1, 8, 16), (0, 4), "bf16", None),
+    (512, False, 8, (1, 8, 8), (4, 4), "bf16", None),
+    (512, True, 7, (1, 7, 14), (0, 3), "fp16", None),
 ]
 
 
@@ -103,10 +107,13 @@ def test_attention_block(
     packed = fused_attention.Packed(*map(emulator.asarray, packed))
     bias = draw(rng, nH, N, N)
     stored = precisions.encode(draw(rng, *size, C, mean=0.5), precision)
+    moments = None
+    if fused_attention.gives_moments(C) and not cosine:
+        moments = emulator.asarray(np.full((stored.size // C, nH, 2), np.nan, np.float32))
     y = fused_attention.attention_block(
         emulator.asarray(stored), packed, emulator.asarray(fused_attention.prepare_position_bias(bias, precision)),
-        window=(window, window), shift=shift, eps=EPS, precision=precision,
-        tiling=tiling or fused_attention._MANY[C][cosine],
+        window=(window, window), shift=shift, eps=EPS, precision=precision, moments=moments,
+        tiling=tiling or (fused_attention._MANY[C][cosine] if C <= 256 else None),
     )  # fmt: skip
     x = precisions.decode(stored, precision).astype(np.float64)
     exact = {k: v.astype(np.float64) for k, v in w.items()} | {"position_bias": bias.astype(np.float64)}
@@ -118,3 +125,7 @@ def test_attention_block(
     else:
         want = reference.cosine_attention_block(x, **exact, logit_scale=scale.astype(np.float64), **options)
     close(y, x, want, name)
+    if moments is not None:
+        parts = precisions.decode(np.asarray(y), precision).astype(np.float64).reshape(-1, nH, 32)
+        of_y = np.stack([parts.mean(-1), 32 * parts.var(-1)], axis=-1)
+        assert np.linalg.norm(np.asarray(moments) - of_y) <= precision.tolerance * np.linalg.norm(of_y)

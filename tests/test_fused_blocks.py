@@ -65,9 +65,10 @@ def test_packed_mlp(C: int, hidden: int, post_norm: bool) -> None:
 
 
 @pytest.mark.parametrize("cosine", [False, True])
-def test_packed_attention(cosine: bool) -> None:
+@pytest.mark.parametrize("C", [96, 384])
+def test_packed_attention(C: int, cosine: bool) -> None:
     """Every weight is in the image once, where the slabs say; biases and scales are what the algebra says."""
-    C, nH = 96, 3
+    nH = C // 32
     rng = np.random.default_rng()
     gamma, beta = 1 + draw(rng, C) / 4, draw(rng, C) / 4
     qkv, bias, proj, proj_bias = draw(rng, 3 * C, C), draw(rng, 3 * C), draw(rng, C, C), draw(rng, C)
@@ -96,11 +97,23 @@ def test_packed_attention(cosine: bool) -> None:
     place = np.arange(C)
     j, t, e = place // 8 % 4, place // 2 % 4, place % 2
     column = place // 32 * 32 + 8 * t + 2 * j + e
+    out_bias = proj_bias + proj @ folded_bias[2 * C :]
+    if C > 256:  # a cluster's: 64 rows of the projection and the vectors that a block needs
+        got = np.concatenate([rows(of_pair, 64) for of_pair in outputs.reshape(nH // 2, -1)])
+        np.testing.assert_allclose(got, proj[:, column], rtol=1e-3, atol=1e-3)
+        of_pairs = [np.repeat(v.reshape(-1, 64), 2, axis=0) for v in (out_bias, gamma, beta)]
+        of_heads = [folded_bias[place][column].reshape(nH, 32) for place in np.arange(2 * C).reshape(2, C)]
+        sums = np.stack([rows(h, 96).sum(axis=1) for h in heads])
+        if scale is not None:
+            want = np.concatenate([*of_heads, *of_pairs, scale[:, None] * log2_e, np.zeros((nH, 3))], axis=1)
+        else:
+            sums = sums.reshape(nH, 3, 32)[:, :, column[:32]].reshape(nH, 96)
+            want = np.concatenate([of_heads[0], sums, of_pairs[0]], axis=1)
+        np.testing.assert_allclose(packed.vectors.reshape(nH, -1), want, rtol=1e-4, atol=1e-4)
+        return
     np.testing.assert_allclose(rows(outputs, C), proj[column], rtol=1e-3, atol=1e-3)
     at = 2 * C if cosine else C
-    np.testing.assert_allclose(
-        packed.vectors[at : at + C], proj_bias + proj @ folded_bias[2 * C :], rtol=1e-4, atol=1e-4
-    )
+    np.testing.assert_allclose(packed.vectors[at : at + C], out_bias, rtol=1e-4, atol=1e-4)
     if scale is not None:
         np.testing.assert_allclose(packed.vectors[at + 3 * C :][:nH], scale * log2_e, rtol=1e-5)
 
@@ -162,6 +175,16 @@ def test_which_mlps_are_one_kernel(hopper: None) -> None:
     assert not fused_mlp.takes(768, 3072, FP16) and not fused_mlp.takes(45, 192, FP16)
     assert fused_mlp.takes(384, 1536, FP16, 196) and not fused_mlp.takes(384, 1536, FP16, 6272)
     assert fused_mlp.takes(192, 768, FP16, 784) and fused_mlp.takes(192, 768, FP16, 25088)
+
+
+def test_which_attentions_are_one_kernel(hopper: None) -> None:
+    """The narrow ones for all batches, wider ones for few windows."""
+    for C in (96, 128, 192, 256, 384, 512):
+        assert fused_attention.takes(C, C // 32, (7, 7), (14, 14), FP16)
+        assert fused_attention.takes(C, C // 32, (8, 8), (16, 16), BF16, 1)
+        assert fused_attention.takes(C, C // 32, (7, 7), (14, 14), FP16, 32) == (C <= 256)
+        assert not fused_attention.takes(C, C // 32, (7, 7), (14, 15), FP16)
+    assert not fused_attention.takes(768, 24, (7, 7), (7, 7), FP16, 1)
 
 
 def test_older_gpus_have_other_kernels(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from swincupy import forward
+from swincupy import forward, jit
 from swincupy import precision as precisions
 from swincupy.config import SwinConfig
 from swincupy.errors import InputError
 from swincupy.ops import fused, reference
 from swincupy.parameters import fold, parameter_shapes, plan
 from tests.host import emulator
-from tests.op_cases import CASES, Case, check, distance
+from tests.op_cases import CASES, Case, check, distance, draw, norm
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the kernels for the CPU")
 
@@ -31,6 +31,17 @@ def host() -> Iterator[None]:
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.op}-{c}")
 def test_fp16(case: Case) -> None:
     check(case, "fp16", fused.Fused("fp16"), emulator.asarray)
+
+
+@pytest.mark.parametrize("size", [(2, 7, 7, 768), (1, 3, 5, 1024), (1, 2, 1, 1536)], ids=str)
+def test_a_cluster_pools_as_one_block_does(size: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("global_pool", {"x": size, **norm(size[-1], "")})
+    x = {k: emulator.asarray(v) for k, v in draw(case, precisions.of("fp16"), np.random.default_rng()).items()}
+    alone = fused.Fused("fp16").global_pool(**x)
+    monkeypatch.setattr(jit, "compute_capability", lambda: 90)
+    monkeypatch.setattr(jit, "multiprocessors", lambda device: 16)
+    check(case, "fp16", fused.Fused("fp16"), emulator.asarray)
+    assert np.array_equal(fused.Fused("fp16").global_pool(**x), alone)
 
 
 @pytest.mark.parametrize("case", FIRST, ids=lambda c: f"{c.op}-{c}")

@@ -113,6 +113,30 @@ def test_models_of_whole_blocks(
     assert (("attention_block", 192) in seen) == (version == 2)  # V1's second stage is 7 x 4 here
 
 
+@pytest.mark.parametrize("name", ["fp16", "tf32"])
+@pytest.mark.parametrize("graphs", [False, True])
+def test_norms_are_part_of_products(name: str, graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On SM 9.0 V1's norms are, except the first of all; tokens of padding, which have no norm, still have none."""
+    seen = list[str]()
+    original = jit.kernel
+
+    def kernel(kernel_name: str, **constants: Any) -> Any:
+        seen.append(kernel_name)
+        return original(kernel_name, **constants)
+
+    monkeypatch.setattr(jit, "kernel", kernel)
+    monkeypatch.setattr(jit, "compute_capability", lambda: 90)
+    config = CONFIG.replace(embed_dim=32)
+    model, want = make(config, name, graphs=graphs), exact(config)
+    for shape in ((2, 3, 16, 16), (1, 3, 18, 27)):
+        x = images(*shape)
+        seen.clear()
+        assert distance(model(x), want(x)) <= LIMITS[name]
+        assert seen.count("layer_norm") == 1 + graphs  # a capture is the second time
+        for got, expected in zip(model.features(x, norm=True), want.features(x, norm=True), strict=True):
+            assert distance(got, expected) <= LIMITS[name]
+
+
 # ------------------------------------------------------------------ pictures
 
 

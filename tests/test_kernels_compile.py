@@ -18,6 +18,7 @@ from swincupy.ops import (
     fused_attention,
     fused_mlp,
     gemm,
+    gemv,
     kernels,
     reference,
     wgmma,
@@ -25,20 +26,21 @@ from swincupy.ops import (
 from tests.op_cases import CASES
 
 SMS = (75, 80, 86, 89, 90, 100, 120)
-MODULES = (kernels, attention, gemm, wgmma, cutlass, fused_attention, fused_mlp)
+MODULES = (kernels, attention, gemm, gemv, wgmma, cutlass, fused_attention, fused_mlp)
 VARIANTS = [v for module in MODULES for v in module.variants()]
 NAMES = sorted({v.name for v in VARIANTS})
 
 # Launched by a module of its own, or a step of the operations beside it
 HELPERS = {
-    "gemm": gemm.gemm, "wgmma_gemm": wgmma.Product, "cutlass_gemm": cutlass.Product,
+    "gemm": gemm.gemm, "gemv": gemv.Product, "wgmma_gemm": wgmma.Product, "cutlass_gemm": cutlass.Product,
     "window_attention": attention.window_attention, "attention_block": fused_attention.attention_block,
+    "attention_cluster": fused_attention.attention_block,
     "mlp_block": fused_mlp.mlp_block,
 }  # fmt: skip
 #: What no kernel of a forward pass writes.
 CONSTANT = {
     "gamma", "beta", "bias", "qkv_bias", "position_bias", "logit_scale", "affine", "weight", "weights", "vectors",
-    "image", "position", "w",
+    "image", "position", "w", "sums_of_w",
 }  # fmt: skip
 
 

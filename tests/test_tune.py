@@ -157,6 +157,18 @@ def test_gemm_shapes_of_swin_tiny() -> None:
     assert 4.2e9 < multiply_adds < 4.5e9
 
 
+def test_gemm_shapes_with_norms_in_products() -> None:
+    shapes = {s.name: s.epilogue for s in tune.gemm_shapes(SwinConfig(), 1, 224, 224, lambda M, N, K: M <= 256)}
+    assert shapes["stage1.qkv"] == "bias" and shapes["stage0.merge"] == "none"
+    names = ("stage1.merge", "stage2.qkv", "stage2.proj", "stage2.fc1", "stage2.fc2", "stage2.merge", "stage3.qkv")
+    assert [shapes[n] for n in names] == [
+        "moments", "norm+bias", "bias+residual+moments", "norm+bias+gelu", "bias+residual+moments", "moments",
+        "norm+bias",
+    ]  # fmt: skip
+    version_2 = tune.gemm_shapes(SwinConfig(version=2), 1, 224, 224, lambda M, N, K: True)
+    assert not any("norm" in s.epilogue or "moments" in s.epilogue for s in version_2)
+
+
 def test_gemm_shapes_of_odd_sizes() -> None:
     config = SwinConfig(version=2, depths=(1, 3), num_heads=(2, 4), embed_dim=24, num_classes=0, qkv_bias=False)
     shapes = {s.name: s for s in tune.gemm_shapes(config, 3, 50, 27)}  # 13 x 7 tokens, then 7 x 4

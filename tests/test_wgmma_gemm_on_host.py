@@ -47,7 +47,18 @@ CASES = [
     (wgmma.Tile(64, 64, 1, 6, 2), (65, 64, 200), "fp16", ("bias", "gelu")),
     (wgmma.Tile(64, 32, 1, 8, 1), (1, 32, 8), "fp16", ("bias",)),
     (wgmma.Tile(64, 96, 2, 3, 1), (200, 96, 132), "tf32", ("bias", "gelu")),
+    (wgmma.Tile(128, 96, 2, 3, 1), (333, 160, 96), "fp16", ("norm", "bias", "gelu")),
+    (wgmma.Tile(64, 64, 1, 6, 1), (70, 96, 416), "fp16", ("norm",)),
+    (wgmma.Tile(64, 64, 1, 3, 4), (70, 64, 512), "fp16", ("norm", "bias", "moments")),
+    (wgmma.Tile(64, 96, 2, 2, 1), (300, 160, 64), "fp16", ("bias", "residual", "moments")),
+    (wgmma.Tile(64, 64, 1, 3, 4), (70, 96, 520), "fp16", ("residual", "moments")),
 ]
+
+
+def moments_of(x: np.ndarray) -> np.ndarray:
+    """Mean and sum of squared deviations of each 32 neighbours in a row: [M, C / 32, 2]."""
+    parts = x.reshape(len(x), -1, 32)
+    return np.stack([parts.mean(axis=2), parts.var(axis=2) * 32], axis=2)
 
 
 @pytest.mark.parametrize(("tile", "size", "name", "parts"), CASES, ids=str)
@@ -59,10 +70,23 @@ def test_wgmma_gemm(tile: wgmma.Tile, size: tuple[int, int, int], name: str, par
         for k in ("a", "w", *parts) if k in shapes
     }  # fmt: skip
     out = emulator.asarray(np.full((M + 1, N), np.nan, precision.storage))
-    product = wgmma.Product(M, N, K, precision, gelu="gelu" in parts, tile=tile)
-    product(x["a"], x["w"], x.get("bias"), x.get("residual"), out[:M])
+    moments = emulator.asarray(np.full((M + 1, N // 32, 2), np.nan, np.float32))
     exact = {k: np.asarray(v, np.float64) for k, v in x.items()}
+    norm = None
+    if "norm" in parts:
+        x["a"][...] = 3 + x["a"] * rng.uniform(0.5, 2, (M, 1))  # rows have a mean, and deviations of their own
+        exact["a"] = np.asarray(x["a"], np.float64)
+        sums = emulator.asarray(exact["w"].sum(axis=1).astype(np.float32))
+        norm = wgmma.Norm(emulator.asarray(moments_of(exact["a"]).astype(np.float32)), sums, 1e-5)
+        exact["a"] = reference.layer_norm(exact["a"], np.ones(K), np.zeros(K))
+    product = wgmma.Product(
+        M, N, K, precision, gelu="gelu" in parts, norm="norm" in parts, moments="moments" in parts, tile=tile
+    )
+    product(x["a"], x["w"], x.get("bias"), x.get("residual"), out[:M], norm, moments[:M])
     want = reference.linear(exact["a"], exact["w"], exact.get("bias"))
     want = reference.gelu(want) if "gelu" in parts else want + exact.get("residual", 0.0)
     assert np.linalg.norm(np.asarray(out[:M], np.float64) - want) <= precision.tolerance * np.linalg.norm(want)
     assert np.isnan(out[M]).all(), "wrote past the last row"
+    if "moments" in parts:
+        np.testing.assert_allclose(moments[:M], moments_of(want), rtol=1e-2, atol=1e-2)
+        assert np.isnan(moments[M]).all(), "wrote past the last row"

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -17,8 +19,9 @@ from swincupy import jit
 from swincupy import precision as precisions
 from swincupy.errors import InputError
 from swincupy.ops import attention, fused_attention, fused_mlp, kernels
-from swincupy.ops.gemm import gemm
+from swincupy.ops.gemm import gemm, gives_moments, takes_norm
 from swincupy.ops.reference import PadMode, Pair
+from swincupy.ops.wgmma import MOMENTS, Norm
 from swincupy.precision import Precision
 
 Array = Any
@@ -29,6 +32,21 @@ class PositionBias(NamedTuple):
 
     windows: Array  # of `attention.window_attention`
     block: Array | None  # of `fused_attention.attention_block`, where that may take it
+
+
+class FoldedNorm(NamedTuple):
+    """A LayerNorm's affine part within the linear layer that follows it, see `Fused.fold_norm`."""
+
+    weight: np.ndarray  # [N, K]
+    bias: np.ndarray  # [N]
+    sums: Array  # [N] float32 on the device: of the rows of weight as it is stored
+
+
+class _Last(threading.local):
+    """The result that an operation gave last, and the moments of its rows."""
+
+    result: Callable[[], Array] = staticmethod(lambda: None)
+    moments: Array = None
 
 
 class Fused:
@@ -51,11 +69,16 @@ class Fused:
     Arrays are CuPy arrays with the precision's storage dtype, bfloat16 as uint16 (or as arrays whose
     dtype is ``ml_dtypes.bfloat16``); where they are not C-contiguous they are copied. Results are
     C-contiguous and in the storage dtype. Work is queued on CuPy's current stream.
+
+    V1's norms, without their affine part (`fold_norm`), need no pass of their own: the product that ends
+    an operation gives the moments of its rows, and where the next operation is called with that very
+    result, the product that begins it takes them. Nobody may write to the result in between.
     """
 
     def __init__(self, precision: str | Precision, *, constant_weights: bool = False) -> None:
         self.precision = precisions.of(precision, sm=jit.compute_capability())
         self._constant_weights = constant_weights
+        self._last = _Last()
 
     # ------------------------------------------------------------ weights, once
 
@@ -83,6 +106,27 @@ class Fused:
             num_heads=num_heads, logit_scale=logit_scale, precision=self.precision,
         )  # fmt: skip
         return fused_attention.Packed(*map(cupy.asarray, packed))
+
+    def fold_norm(
+        self, weight: np.ndarray, bias: np.ndarray | None, norm_weight: np.ndarray, norm_bias: np.ndarray
+    ) -> FoldedNorm | None:
+        """``W (n gamma + beta) + b = (W gamma) n + (W beta + b)``, where products can take norms; else None.
+
+        Parameters
+        ----------
+        weight, bias : [N, K], [N] float32
+        norm_weight, norm_bias : [K] float32
+        """
+        import cupy
+
+        N, K = weight.shape
+        if not takes_norm(N, K, self.precision):
+            return None
+        folded = weight.astype(np.float32) * norm_weight.astype(np.float32)
+        with_beta = weight.astype(np.float64) @ norm_bias + (0 if bias is None else bias)
+        stored = precisions.decode(precisions.encode(folded, self.precision), self.precision)
+        sums = cupy.asarray(stored.sum(axis=1, dtype=np.float64).astype(np.float32))
+        return FoldedNorm(folded, with_beta.astype(np.float32), sums)
 
     # ------------------------------------------------------------ elementwise and row by row
 
@@ -140,8 +184,14 @@ class Fused:
         post_norm: bool = False,
         eps: float = 1e-5,
         packed: fused_mlp.Packed | None = None,
+        fc1_sums: Array | None = None,
     ) -> Array:
-        """See `swincupy.ops.reference.mlp_block`. With `pack_mlp`'s ``packed``, one kernel does it all where it can."""
+        """See `swincupy.ops.reference.mlp_block`.
+
+        With `pack_mlp`'s ``packed``, one kernel does it all where it can. ``fc1_sums`` are those of
+        `fold_norm`, of a norm whose weight is one and bias zero.
+        """
+        moments = self._moments_of(x)
         x, norm_weight, norm_bias, *weights = self._take(
             "mlp_block",
             x=x,
@@ -156,12 +206,14 @@ class Fused:
         options: dict[str, Any] = {"eps": eps, "precision": self.precision}
         if packed is not None and fused_mlp.takes(x.shape[-1], len(weights[0]), self.precision, x.size // x.shape[-1]):
             return fused_mlp.mlp_block(x, packed, **options)
+        if fc1_sums is not None and moments is not None:
+            return self._mlp("mlp_block", x, *weights, residual=x, norm=Norm(moments, fc1_sums, eps), moments=True)
         if post_norm:
             y = self._mlp("mlp_block", x, *weights)
             _need(y.shape == x.shape, f"mlp_block: fc2_weight must have {x.shape[-1]} rows", weights[2])
             return kernels.layer_norm_residual(x, y, norm_weight, norm_bias, **options, out=y)
         y = kernels.layer_norm(x, norm_weight, norm_bias, **options)
-        return self._mlp("mlp_block", y, *weights, residual=x)
+        return self._mlp("mlp_block", y, *weights, residual=x, moments=fc1_sums is not None)
 
     # ------------------------------------------------------------ attention
 
@@ -183,16 +235,21 @@ class Fused:
         pad_mode: PadMode = "pad_roll",
         eps: float = 1e-5,
         packed: fused_attention.Packed | None = None,
+        qkv_sums: Array | None = None,
+        pad_bias: Array | None = None,
     ) -> Array:
         """See `swincupy.ops.reference.attention_block`.
 
         ``position_bias`` is [nH, N, N], or what `position_bias` made of it, which saves work in every
         call. ``mask`` is not read: the kernels have the mask of ``shift``, whatever is given here.
-        With `pack_attention`'s ``packed``, one kernel does it all where it can.
+        With `pack_attention`'s ``packed``, one kernel does it all where it can. ``qkv_sums`` are those of
+        `fold_norm`, of a norm whose weight is one and bias zero; tokens of padding, zero after the norm that
+        was folded, then have ``pad_bias``, the layer's own, for their q, k and v.
         """
         weights = (norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias)
         windows: dict[str, Any] = {"num_heads": num_heads, "window": window, "shift": shift, "pad_mode": pad_mode}
-        return self._attention_block("attention_block", x, weights, None, position_bias, eps, packed, **windows)
+        folded = None if qkv_sums is None else (qkv_sums, pad_bias)
+        return self._attention_block("attention_block", x, weights, None, position_bias, eps, packed, folded, **windows)
 
     def cosine_attention_block(
         self,
@@ -367,8 +424,9 @@ class Fused:
         *,
         post_norm: bool = False,
         eps: float = 1e-5,
+        moments: bool = False,
     ) -> Array:
-        """See `swincupy.ops.reference.patch_merge`."""
+        """See `swincupy.ops.reference.patch_merge`. With ``moments``, a folded norm may follow."""
         what = "patch_merge"
         x, norm_weight, norm_bias, reduction_weight = self._take(
             what, x=x, norm_weight=norm_weight, norm_bias=norm_bias, reduction_weight=reduction_weight
@@ -383,7 +441,7 @@ class Fused:
             y = kernels.patch_merge(x, None, None, **options)
             return kernels.layer_norm(self._product(what, y, reduction_weight), norm_weight, norm_bias, **options)
         y = kernels.patch_merge(x, norm_weight, norm_bias, **options)
-        return self._product(what, y, reduction_weight)
+        return self._product(what, y, reduction_weight, moments=moments)
 
     def global_pool(
         self, x: Array, weight: Array | None = None, bias: Array | None = None, *, eps: float = 1e-5
@@ -428,6 +486,10 @@ class Fused:
             return precisions.decode(x, self.precision)
         return x.astype(np.float32, copy=False)
 
+    def _moments_of(self, x: Array) -> Array | None:
+        """Those of an operation's result, where x is the last one's."""
+        return self._last.moments if x is not None and self._last.result() is x else None
+
     def _product(
         self,
         what: str,
@@ -437,24 +499,45 @@ class Fused:
         *,
         gelu: bool = False,
         residual: Array | None = None,
+        norm: Norm | None = None,
+        moments: bool = False,
     ) -> Array:
-        """``x W^T + bias`` over the last axis, through gelu, plus residual."""
+        """``x W^T + bias`` over the last axis, through gelu, plus residual.
+
+        With ``norm``, of LN(x). With ``moments``, the result has them for a norm that follows, where that can be.
+        """
         N, K = weight.shape
         _need(x.shape[-1] == K, f"{what}: x must have {K} channels on its last axis", x)
         _need(bias is None or bias.shape == (N,), f"{what}: bias must be [{N}]", bias)
         if residual is not None:
             _need(residual.shape[-1] == N, f"{what}: weight must have {residual.shape[-1]} rows", weight)
             residual = residual.reshape(-1, N)
+        given = self._moments(x.size // K, N, K) if moments else None
         y = gemm(
             x.reshape(-1, K),
             weight,
             bias,
             gelu=gelu,
             residual=residual,
+            norm=norm,
+            moments=given,
             precision=self.precision,
             overlap=self._constant_weights,
-        )
-        return y.reshape(*x.shape[:-1], N)
+        ).reshape(*x.shape[:-1], N)
+        return self._remember(y, given)
+
+    def _moments(self, M: int, N: int, K: int) -> Array | None:
+        """Where a product's may be written; None where it does not give them."""
+        import cupy
+
+        wanted = gives_moments(M, N, K, self.precision)
+        return cupy.empty((M, N // MOMENTS, 2), np.float32) if wanted else None
+
+    def _remember(self, y: Array, moments: Array | None) -> Array:
+        """The result, which has these moments."""
+        if moments is not None:
+            self._last.result, self._last.moments = weakref.ref(y), moments
+        return y
 
     def _mlp(
         self,
@@ -466,9 +549,11 @@ class Fused:
         fc2_bias: Array,
         *,
         residual: Array | None = None,
+        norm: Norm | None = None,
+        moments: bool = False,
     ) -> Array:
-        hidden = self._product(what, x, fc1_weight, fc1_bias, gelu=True)
-        return self._product(what, hidden, fc2_weight, fc2_bias, residual=residual)
+        hidden = self._product(what, x, fc1_weight, fc1_bias, gelu=True, norm=norm)
+        return self._product(what, hidden, fc2_weight, fc2_bias, residual=residual, moments=moments)
 
     def _check_attention(
         self, what: str, x: Array, qkv_weight: Array, proj_weight: Array, num_heads: int, ndim: int
@@ -490,6 +575,7 @@ class Fused:
         position_bias: Array | PositionBias,
         eps: float,
         packed: fused_attention.Packed | None,
+        folded: tuple[Array, Array | None] | None = None,
         *,
         num_heads: int,
         window: Pair,
@@ -497,6 +583,7 @@ class Fused:
         pad_mode: PadMode,
     ) -> Array:
         """V1: ``x + attention(LN(x))``; V2, where there is a ``logit_scale``: ``x + LN(attention(x))``."""
+        moments = self._moments_of(x)
         names = ("norm_weight", "norm_bias", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias")
         x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias = self._take(
             what, x=x, **dict(zip(names, weights, strict=True))
@@ -505,12 +592,21 @@ class Fused:
         _need_norm(what, C, norm_weight, norm_bias)
         bias = self.position_bias(position_bias)
         norm: dict[str, Any] = {"eps": eps, "precision": self.precision}
-        if packed is not None and fused_attention.takes(C, num_heads, window, (H, W), self.precision):
-            return fused_attention.attention_block(x, packed, bias.block, window=window, shift=shift, **norm)
-        y = x if logit_scale is not None else kernels.layer_norm(x, norm_weight, norm_bias, **norm)
+        if packed is not None and fused_attention.takes(C, num_heads, window, (H, W), self.precision, B):
+            given, M = None, B * H * W
+            alone = not fused_mlp.takes(C, 4 * C, self.precision, M)  # the norm that follows is not part of one kernel
+            if folded is not None and alone and fused_attention.gives_moments(C):
+                given = self._moments(M, C, C)
+            where: dict[str, Any] = {"window": window, "shift": shift, "moments": given}
+            return self._remember(fused_attention.attention_block(x, packed, bias.block, **where, **norm), given)
+        y, normed = x, None
+        if folded is not None and moments is not None:
+            normed = Norm(moments, folded[0], eps)
+        elif logit_scale is None:
+            y = kernels.layer_norm(x, norm_weight, norm_bias, **norm)
         y = attention.window_attention(
-            self._product(what, y, qkv_weight, qkv_bias).reshape(B * H * W, -1),
-            qkv_bias,
+            self._product(what, y, qkv_weight, qkv_bias, norm=normed).reshape(B * H * W, -1),
+            qkv_bias if folded is None else folded[1],
             bias.windows,
             batch=B,
             grid=(H, W),
@@ -522,7 +618,8 @@ class Fused:
             precision=self.precision,
         )
         if logit_scale is None:
-            return self._product(what, y, proj_weight, proj_bias, residual=x).reshape(x.shape)
+            options = {"residual": x, "moments": folded is not None}
+            return self._product(what, y.reshape(x.shape), proj_weight, proj_bias, **options)
         y = self._product(what, y, proj_weight, proj_bias).reshape(x.shape)
         return kernels.layer_norm_residual(x, y, norm_weight, norm_bias, **norm, out=y)
 

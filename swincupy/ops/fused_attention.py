@@ -1,7 +1,9 @@
-"""The attention half of a block in one launch, on SM 9.0: ``cuda/attention_block.cu``.
+"""The attention half of a block in one launch, on SM 9.0.
 
-For heads of 32 and windows of 7 x 7 or 8 x 8 that divide the image, in the narrow stages: a window's rows are
-fetched once and written once, and what lies between never leaves the multiprocessor.
+For heads of 32 and windows of 7 x 7 or 8 x 8 that divide the image. In the narrow stages
+``cuda/attention_block.cu``: a window's rows are fetched once and written once, and what lies between
+never leaves the multiprocessor. In wider ones, for few windows, ``cuda/attention_cluster.cu``: each has a
+cluster of blocks, one a head.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from swincupy.precision import Precision, encode
 
 Array = Any
 
-_WIDTHS = (96, 128, 192, 256)
+_NARROW = (96, 128, 192, 256)
+_WIDE = {384: 7, 512: 7}  # and the most windows: as many clusters as run at once
 WINDOWS = ((7, 7), (8, 8))
 _HEAD = 32
 _LOG2_E = math.log2(math.e)  # the kernel's exponentials are powers of two
@@ -48,16 +51,25 @@ class Tiling(NamedTuple):
     pipelined: bool = False  # products of a head during the softmax of the one before
 
 
-def takes(C: int, num_heads: int, window: Pair, grid: Pair, precision: Precision) -> bool:
-    """Whether the kernel computes blocks of this kind on CuPy's current device."""
+def takes(C: int, num_heads: int, window: Pair, grid: Pair, precision: Precision, batch: int | None = None) -> bool:
+    """Whether a kernel computes blocks of this kind on CuPy's current device, and for this batch is worth it.
+
+    Without a batch, whether for some.
+    """
+    windows = (batch or 0) * math.prod(n // m for n, m in zip(grid, window, strict=True))
     return (
-        C in _WIDTHS
+        (C in _NARROW or windows <= _WIDE.get(C, -1))
         and _HEAD * num_heads == C
         and window in WINDOWS
         and not any(n % m or not n for n, m in zip(grid, window, strict=True))
         and precision.storage.itemsize == 2
         and jit.compute_capability() == 90
     )
+
+
+def gives_moments(C: int) -> bool:
+    """Whether V1's blocks of so many channels may come with the moments of their result."""
+    return C in _WIDE
 
 
 def pack(
@@ -108,6 +120,8 @@ def pack(
         w[:C] *= _LOG2_E / math.sqrt(_HEAD)
         b[:C] *= _LOG2_E / math.sqrt(_HEAD)
     heads = w.reshape(3, num_heads, _HEAD, C).transpose(1, 0, 2, 3).reshape(num_heads, 3 * _HEAD, C)
+    if C in _WIDE:
+        return _pack_wide(heads, b, wp, bp, gamma, beta, logit_scale, precision)
     # The accumulators' columns 8 j + 2 t + e, which thread t has, become columns 8 t + 2 j + e: 16 bytes a thread.
     outputs = wp.reshape(num_heads, 4, 4, 2, C).transpose(0, 2, 1, 3, 4).reshape(C, C)
     image = np.concatenate([*(_slabs(h) for h in heads), _slabs(outputs)])
@@ -117,6 +131,38 @@ def pack(
         scales = np.asarray(logit_scale, np.float64) * _LOG2_E
         vectors += [gamma, beta, np.pad(scales, (0, -num_heads % 4))]
     return Packed(encode(image.astype(np.float32), precision), np.concatenate(vectors).astype(np.float32))
+
+
+def _pack_wide(
+    heads: np.ndarray,
+    b: np.ndarray,
+    wp: np.ndarray,
+    bp: np.ndarray,
+    gamma: np.ndarray,
+    beta: np.ndarray,
+    logit_scale: np.ndarray | None,
+    precision: Precision,
+) -> Packed:
+    """As cuda/attention_cluster.cu reads them: vectors block by block, the projection's rows in sixty-fours."""
+    C, nH = len(bp), len(heads)
+    # The heads' results have columns 8 j + 2 t + e at 8 t + 2 j + e: 16 bytes are a thread's.
+    outputs = wp.reshape(C, nH, 4, 4, 2).transpose(0, 1, 3, 2, 4).reshape(nH // 2, 64, C)
+    image = encode(np.concatenate([_slabs(w) for w in (*heads, *outputs)]).astype(np.float32), precision)
+
+    def of_blocks(x: np.ndarray) -> np.ndarray:  # two have the same 64 columns of the result
+        return np.repeat(x.reshape(nH // 2, 64), 2, axis=0)
+
+    vectors = [_of_lanes(b[:C]).reshape(nH, _HEAD)]
+    if logit_scale is None:  # (x - mean) W^T = x W^T - mean sums, of weights as they are stored
+        stored = precisions.decode(encode(heads.astype(np.float32), precision), precision)
+        vectors += [_of_lanes(stored.sum(axis=-1, dtype=np.float64)).reshape(nH, 3 * _HEAD)]
+    else:
+        vectors += [_of_lanes(b[C : 2 * C]).reshape(nH, _HEAD)]
+    vectors += [of_blocks(bp + wp @ b[2 * C :])]
+    if logit_scale is not None:
+        scales = np.asarray(logit_scale, np.float64)[:, None] * _LOG2_E
+        vectors += [of_blocks(gamma), of_blocks(beta), np.pad(scales, ((0, 0), (0, 3)))]
+    return Packed(image, np.concatenate(vectors, axis=1).astype(np.float32).reshape(-1))
 
 
 def _slabs(rows: np.ndarray) -> np.ndarray:
@@ -152,6 +198,7 @@ def attention_block(
     eps: float = 1e-5,
     precision: Precision,
     out: Array | None = None,
+    moments: Array | None = None,
     tiling: Tiling | None = None,
 ) -> Array:
     """``x + Proj(softmax(Q K^T / sqrt(d) + B + mask) V)`` with Q, K, V of LN(x), within shifted windows; or V2's.
@@ -176,8 +223,10 @@ def attention_block(
     precision : Precision
     out : [B, H, W, C], optional
         May be x.
+    moments : [B * H * W, C / 32, 2] float32, optional
+        Where those of out are written, see `swincupy.ops.wgmma.Norm`. Where `gives_moments` only.
     tiling : Tiling, optional
-        Chosen by the number of windows where None.
+        Of the narrow stages; chosen by the number of windows where None.
 
     Returns
     -------
@@ -199,6 +248,7 @@ def attention_block(
         )
     if any(not 0 <= s < m for s, m in zip(shift, window, strict=True)):
         raise InputError(f"attention_block: shift must be from 0 to less than the window {window}, got {shift}")
+    wide, cosine = C in _WIDE, packed.vectors.size != (6 if C in _WIDE else 2) * C
     if packed.image.size != 4 * C * C or position_bias.shape != (num_heads, 4, 4, 32, 8):
         raise InputError(
             f"attention_block: packed and position_bias must be those of {num_heads} heads, got an image of "
@@ -207,10 +257,24 @@ def attention_block(
     out = cupy.empty(x.shape, precision.storage) if out is None else out
     if out.shape != x.shape:
         raise InputError(f"attention_block: out must be {tuple(x.shape)}, got shape {tuple(out.shape)}")
+    if moments is not None and (cosine or not wide or moments.shape != (B * H * W, num_heads, 2)):
+        raise InputError(
+            f"attention_block: moments must be [{B * H * W}, {num_heads}, 2], of V1 and C in {tuple(_WIDE)}, got shape "
+            f"{tuple(moments.shape)} and C = {C}"
+        )
     windows = B * (H // window[0]) * (W // window[1])
     if not windows:
         return out
-    cosine = packed.vectors.size != 2 * C
+    if wide:
+        fixed = _wide_constants(C, window[0], precision, cosine=cosine)
+        kernel = jit.kernel("attention_cluster", arch=jit.HOPPER, **fixed)
+        jit.allow_clusters(kernel, num_heads)
+        grid = (W // window[1] * num_heads, H // window[0], B)
+        kernel(
+            grid, 128, x, *packed, position_bias, out, moments, H, W, *shift, eps,
+            shared=_wide_shared_bytes(C, window[0], cosine=cosine),
+        )  # fmt: skip
+        return out
     multiprocessors = jit.multiprocessors(x.data.device_id)
     if tiling is None:
         tiling = choose(C, cosine, windows, multiprocessors)
@@ -271,10 +335,25 @@ def shared_bytes(C: int, tiling: Tiling, *, cosine: bool) -> int:
     return weights + tiles + buffers + bias + sums + vectors + 2 * 128 * 4 + barriers
 
 
+def _wide_constants(C: int, window: int, precision: Precision, *, cosine: bool) -> dict[str, jit.Constant]:
+    return {"scalar_t": precision.ctype, "C": C, "WINDOW": window, "COSINE": cosine}
+
+
+def _wide_shared_bytes(C: int, window: int, *, cosine: bool) -> int:
+    """Bytes of shared memory of a block of a cluster, as the kernel lays them out."""
+    x = -(-(window * window * (2 * C + 16)) // 1024) * 1024
+    kv = 2 * 64 * _HEAD * 2 if C <= 384 else 0
+    return (96 + 64) * C * 2 + x + kv + 4 * (260 if cosine else 192) + 8 * (3 + 3 * (C // 128))
+
+
 def variants() -> Iterator[jit.Variant]:
     """The kernels of every width, window and tiling, for checks that they compile."""
-    for C in _WIDTHS:
+    for C in _NARROW:
         for cosine, window, name in ((False, 7, "fp16"), (True, 8, "bf16")):
             for tiling in dict.fromkeys(choose(C, cosine, windows, 132) for windows in (1, 60, 120, 9999)):
                 fixed = constants(C, window, tiling, precisions.of(name), cosine=cosine)
                 yield jit.Variant("attention_block", fixed, 90, jit.HOPPER)
+    for C in _WIDE:
+        for cosine, window, name in ((False, 7, "fp16"), (True, 8, "bf16"), (False, 8, "bf16"), (True, 7, "fp16")):
+            fixed = _wide_constants(C, window, precisions.of(name), cosine=cosine)
+            yield jit.Variant("attention_cluster", fixed, 90, jit.HOPPER)

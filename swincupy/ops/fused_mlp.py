@@ -22,9 +22,7 @@ from swincupy.precision import Precision
 Array = Any
 
 _MORE_THAN_HALF = 116 * 1024  # no two blocks on one multiprocessor: started early, they would leave others empty
-_PORTABLE = 8  # blocks a cluster; more has to be asked for
 _WORTH_IT = 9.0  # microseconds: what C = 384 may take here and still be faster than by several launches
-_NON_PORTABLE_CLUSTER = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
 
 
 class Packed(NamedTuple):
@@ -206,20 +204,12 @@ def mlp_block(
     sms = jit.multiprocessors(x.data.device_id)
     plan = plan or choose(M, C, hidden, sms)
     kernel = jit.kernel("mlp_block", arch=jit.HOPPER, **constants(C, hidden, precision, post_norm, plan))
-    if plan.split > _PORTABLE:
-        _allow_large_clusters(kernel)
+    jit.allow_clusters(kernel, plan.split)
     blocks = -(-M // plan.rows)
     blocks = blocks * plan.split if plan.split else min(blocks, sms)
     shared = plan.shared(C, hidden, post_norm)
     kernel(blocks, plan.groups * 128, x, packed.weights, packed.vectors, out, M, eps, shared=shared)
     return out
-
-
-@functools.cache
-def _allow_large_clusters(kernel: jit.Kernel) -> None:
-    from cupy.cuda import driver
-
-    driver.funcSetAttribute(kernel.raw.kernel.ptr, _NON_PORTABLE_CLUSTER, 1)
 
 
 @functools.lru_cache(maxsize=1024)

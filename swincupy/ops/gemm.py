@@ -1,19 +1,19 @@
 """Matrix products with epilogues on the GPU: which backend computes a product, with which algorithm.
 
-Four backends: cuBLASLt, and the kernels ``cuda/gemm.cu``, on SM 9.0 ``cuda/wgmma_gemm.cu``, and with CUTLASS
-``cuda/cutlass_gemm.cu``, whose epilogues have the exact GELU. (cuBLASLt's is the tanh approximation: for inputs
-around -1 with a
-deviation of 1 or less its error, simulated, is 2 to 4 times that of float16 arithmetic, so it is not
-used.) What a product runs on is decided at its first use: `swincupy.tune`'s cache if it has it, else the
-fastest of a short search, or inside of a stream capture, where nothing can be timed, the library's first
-guess. CUTLASS takes seconds to compile, so that only `swincupy.tune` tries it.
+Five backends: cuBLASLt, and the kernels ``cuda/gemm.cu``, for a few rows ``cuda/gemv.cu``, on SM 9.0
+``cuda/wgmma_gemm.cu``, and with CUTLASS ``cuda/cutlass_gemm.cu``, whose epilogues have the exact GELU.
+(cuBLASLt's is the tanh approximation: for inputs around -1 with a deviation of 1 or less its error,
+simulated, is 2 to 4 times that of float16 arithmetic, so it is not used.) Norms before and moments after a
+product are ``wgmma_gemm``'s alone. What a product runs on is decided at its first use: `swincupy.tune`'s
+cache if it has it, else the fastest of a short search, or inside of a stream capture, where nothing can be
+timed, the first guess. CUTLASS takes seconds to compile, so that only `swincupy.tune` tries it.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ import numpy as np
 from swincupy import jit, tune
 from swincupy import precision as precisions
 from swincupy.errors import DeviceError, InputError
-from swincupy.ops import cutlass, kernels, wgmma
+from swincupy.ops import cutlass, gemv, kernels, wgmma
 from swincupy.ops.cublaslt import Product, bindings
 from swincupy.precision import Precision
 
@@ -62,14 +62,17 @@ class Problem(NamedTuple):
     gelu: bool
     residual: bool
     alignment: int = 256  # bytes of which all pointers are multiples, a power of two, at most 256
+    norm: bool = False
+    moments: bool = False
 
     @property
     def epilogue(self) -> str:
-        """``"none"``, or what follows the product: ``"bias+gelu"``, ``"bias+residual"``, ..."""
-        return "+".join(k for k in ("bias", "gelu", "residual") if getattr(self, k)) or "none"
+        """``"none"``, or what goes with the product: ``"bias+residual"``, ``"norm+bias+gelu"``, ..."""
+        return "+".join(k for k in ("norm", "bias", "gelu", "residual", "moments") if getattr(self, k)) or "none"
 
 
-Choice = bytes | Tile | wgmma.Tile | cutlass.Tile  # a cuBLASLt algorithm, or a tile of a kernel
+Tiles = Tile | gemv.Tile | wgmma.Tile | cutlass.Tile
+Choice = bytes | Tiles  # a cuBLASLt algorithm, or a tile of a kernel
 
 
 def gemm(
@@ -80,10 +83,14 @@ def gemm(
     gelu: bool = False,
     residual: Array | None = None,
     out: Array | None = None,
+    norm: wgmma.Norm | None = None,
+    moments: Array | None = None,
     precision: str | Precision,
     overlap: bool = False,
 ) -> Array:
     """``act(a @ w.T + bias) + residual``, act the exact (erf) GELU or nothing; sums in float32.
+
+    With ``norm`` ``act(LN(a) @ w.T + bias)``, the LayerNorm without an affine part.
 
     Enqueued on CuPy's current stream and allowed inside of a capture. The first use of a shape
     outside of a capture times a few algorithms.
@@ -98,6 +105,10 @@ def gemm(
         Not together with ``gelu``.
     out : [M, N], optional
         Where the result is written; may be ``residual``.
+    norm : wgmma.Norm, optional
+        The moments of a's rows, and the sums of w's. Where `takes_norm` only, and without ``residual``.
+    moments : [M, N / 32, 2] float32, optional
+        Where those of the result are written. Where `gives_moments` only.
     overlap : bool
         No kernel that is under way writes w: it may be read before they are done.
     precision : str or Precision
@@ -125,9 +136,26 @@ def gemm(
     bits = 256
     for x in (a, w, bias, residual, out):
         bits |= 0 if x is None else x.data.ptr
-    problem = Problem(M, N, K, p.name, bias is not None, gelu, residual is not None, bits & -bits)
-    plan(problem, (a, w, bias, residual, out))(a, w, bias, residual, out, overlap=overlap)
+    problem = Problem(
+        M, N, K, p.name, bias is not None, gelu, residual is not None, bits & -bits, norm is not None,
+        moments is not None,
+    )  # fmt: skip
+    arrays = (a, w, bias, residual, out, norm, moments)
+    plan(problem, arrays)(*arrays, overlap=overlap)
     return out
+
+
+def gives_moments(M: int, N: int, K: int, precision: Precision) -> bool:
+    """Whether a product comes with the moments of its rows, on CuPy's current device, and is better for it."""
+    return M <= _FEW_ROWS and wgmma.takes(N, K, precision)
+
+
+def takes_norm(N: int, K: int, precision: Precision) -> bool:
+    """Whether products of these sizes take a norm of their rows on CuPy's current device."""
+    return wgmma.takes(N, K, precision) and wgmma.takes_norm(K)
+
+
+_FEW_ROWS = 256  # of more, a norm of its own costs less than what it saves others from, and cuBLASLt's products win
 
 
 def _check(
@@ -163,8 +191,8 @@ def plan(problem: Problem, arrays: tuple[Array, ...]) -> Run:
     Parameters
     ----------
     problem : Problem
-    arrays : (a, w, bias or None, residual or None, out)
-        What a search may run it with; out is overwritten.
+    arrays : (a, w, bias or None, residual or None, out, norm or None, moments or None)
+        What a search may run it with; out and moments are overwritten.
     """
     import cupy
 
@@ -194,7 +222,7 @@ def _decide(problem: Problem, arrays: tuple[Array, ...]) -> Run:
         except DeviceError as error:
             tune.warn(f"the entry for {problem} cannot be used: {error}")
     if cupy.cuda.get_current_stream().is_capturing():
-        found = choices(problem, 1, ())
+        found = choices(problem, 1, likely(problem)[:1] if problem.norm or problem.moments else ())
     else:
         found = choices(problem, 6, likely(problem))
     if not found:
@@ -202,33 +230,43 @@ def _decide(problem: Problem, arrays: tuple[Array, ...]) -> Run:
     if len(found) > 1:
         timed = search(problem, found, arrays)
         found = [t.choice for t in timed] or found
+    if len(found) > 1:  # the best are close to each other
+        timed = search(problem, found[:4], arrays, budget=4e-3)
+        found = [t.choice for t in timed] or found
     return runner(problem, found[0])
 
 
-def likely(problem: Problem) -> tuple[Tile | wgmma.Tile, ...]:
+def likely(problem: Problem) -> tuple[Tiles, ...]:
     """The tiles of our kernels that a short search tries."""
     import cupy
 
     p = problem
+    if gemv.takes(p.M, p.K, gelu=p.gelu, residual=p.residual) and not (p.norm or p.moments):
+        return gemv.TILES
     if wgmma.takes(p.N, p.K, precisions.of(p.precision)):
         return wgmma.likely(p.M, p.N, p.K, jit.multiprocessors(cupy.cuda.device.get_device_id()))
     return TILES[:2] if p.gelu else ()
 
 
-def choices(problem: Problem, algorithms: int, tiles: tuple[Tile | wgmma.Tile | cutlass.Tile, ...]) -> list[Choice]:
+def choices(problem: Problem, algorithms: int, tiles: tuple[Tiles, ...]) -> list[Choice]:
     """What may run a product: up to so many of cuBLASLt's algorithms, best guess first, and of these tiles what can."""
-    found: list[Choice] = [*_product(problem).algorithms(algorithms)]
     p, precision = problem, precisions.of(problem.precision)
+    if p.norm or p.moments:
+        fit = [t for t in tiles if isinstance(t, wgmma.Tile) and wgmma.takes(p.N, p.K, precision, t)]
+        return [t for t in fit if not p.norm or wgmma.takes_norm(p.K, t)]
+    found: list[Choice] = [*_product(problem).algorithms(algorithms)]
     unit = 16 // precision.storage.itemsize
     if p.alignment % 16 or p.K % unit or p.N % 8:
         return found
-    for tile in tiles:
+
+    def fits(tile: Tiles) -> bool:
+        if isinstance(tile, gemv.Tile):
+            return gemv.takes(p.M, p.K, gelu=p.gelu, residual=p.residual)
         if isinstance(tile, wgmma.Tile):
-            fits = wgmma.takes(p.N, p.K, precision, tile)
-        else:
-            fits = isinstance(tile, Tile) or cutlass.takes(p.N, precision)
-        found += [tile] if fits else []
-    return found
+            return wgmma.takes(p.N, p.K, precision, tile)
+        return isinstance(tile, Tile) or cutlass.takes(p.N, precision)
+
+    return found + [tile for tile in tiles if fits(tile)]
 
 
 def runner(problem: Problem, choice: Choice) -> Run:
@@ -241,11 +279,15 @@ def runner(problem: Problem, choice: Choice) -> Run:
     """
     p, precision = problem, precisions.of(problem.precision)
     if isinstance(choice, wgmma.Tile):
-        return wgmma.Product(p.M, p.N, p.K, precision, gelu=p.gelu, tile=choice)
+        return wgmma.Product(
+            p.M, p.N, p.K, precision, gelu=p.gelu, norm=p.norm, moments=p.moments, tile=choice
+        )  # fmt: skip
+    if isinstance(choice, gemv.Tile):
+        return gemv.Product(p.M, p.N, p.K, precision, tile=choice)
     alone = _alone(problem, choice)
 
-    def run(*arrays: Array | None, overlap: bool = False) -> None:
-        alone(*arrays)
+    def run(*arrays: Any, overlap: bool = False) -> None:
+        alone(*arrays[:5])
 
     return run
 
@@ -322,6 +364,7 @@ class _Padded:
         bias: Array | None,
         residual: Array | None,
         out: Array,
+        *_: None,
         overlap: bool = False,
     ) -> None:
         import cupy
@@ -357,44 +400,63 @@ class Timed(NamedTuple):
 def search(problem: Problem, found: list[Choice], arrays: tuple[Array, ...], budget: float = 1e-3) -> list[Timed]:
     """Time choices on CuPy's current device, fastest first; without those that fail or compute something else.
 
+    They run as they do in a forward pass: kernels start early, and of few rows the weights are those of many
+    layers, which do not stay in the second level cache.
+
     Parameters
     ----------
     problem : Problem
     found : list of choices
         The first is what the others' results are compared with.
-    arrays : (a, w, bias or None, residual or None, out)
-        out is overwritten; where it is the residual too, an array of its shape is allocated.
+    arrays : (a, w, bias or None, residual or None, out, norm or None, moments or None)
+        out is overwritten, and moments; where out is the residual too, an array of its shape is allocated.
     budget : float
         Seconds that each may take.
     """
     import cupy
 
-    a, w, bias, residual, out = arrays
-    if residual is not None and residual.data.ptr == out.data.ptr:
-        out = cupy.empty_like(out)
+    a, w, bias, residual, out, *rest = arrays
     current = cupy.cuda.get_current_stream()
     current.synchronize()
-    # a stream that can be captured; the current one where possible, whose pool has the memory already
-    stream = cupy.cuda.Stream(non_blocking=True) if current.ptr in (0, 1, 2) else current
+    stream = cupy.cuda.Stream(non_blocking=True) if current.ptr in (0, 1, 2) else current  # one that can be captured
     timed, expected = list[Timed](), None
-    with stream:
+    scratch = cupy.cuda.MemoryPool()  # a graph is faster in a pool that holds what it needs and no more
+    with stream, cupy.cuda.using_allocator(scratch.malloc):
+        if residual is not None and residual.data.ptr == out.data.ptr:
+            out = cupy.empty_like(out)
+        weights, runs = _many(w) if problem.M <= _FEW_ROWS else [w], []
         for choice in found:
             try:
-                run = functools.partial(runner(problem, choice), a, w, bias, residual, out)
+                run = runner(problem, choice)
+                runs = [functools.partial(run, a, x, bias, residual, out, *rest, overlap=True) for x in weights]
                 out.data.memset_async(0xFF, out.nbytes, stream)  # NaN, in every type
-                run()
+                runs[0]()
                 got = _some_rows(out)
                 expected = got if expected is None else expected
                 if _agree(got, expected, precisions.of(problem.precision)):
-                    timed.append(Timed(_microseconds(run, stream, budget), choice))
+                    timed.append(Timed(_microseconds(runs, stream, budget), choice))
             except (RuntimeError, MemoryError, bindings().cuBLASLtError):  # this choice does not run here
                 continue
     stream.synchronize()
+    del weights, runs, out
+    scratch.free_all_blocks()
     return sorted(timed, key=lambda t: t.microseconds)
 
 
-def _microseconds(run: Callable[[], None], stream: Any, budget: float) -> float:
-    """Time of one run among several in a CUDA graph, as the engine runs it: the least of three replays."""
+def _many(w: Array) -> list[Array]:
+    """The array and copies of it, more than fit the second level cache, up to 96 of them."""
+    import cupy
+
+    device = cupy.cuda.device.get_device_id()
+    cache = cupy.cuda.runtime.getDeviceProperties(device)["l2CacheSize"]
+    try:
+        return [w] + [w.copy() for _ in range(min(95, 3 * cache // (2 * w.nbytes)))]
+    except cupy.cuda.memory.OutOfMemoryError:
+        return [w]
+
+
+def _microseconds(runs: Sequence[Callable[[], None]], stream: Any, budget: float) -> float:
+    """Time of a run among several in a CUDA graph, as the engine runs it: the least of three replays."""
     from cupy.cuda import Event, get_elapsed_time, runtime
 
     start, stop = Event(), Event()
@@ -406,11 +468,11 @@ def _microseconds(run: Callable[[], None], stream: Any, budget: float) -> float:
         stop.synchronize()
         return float(get_elapsed_time(start, stop))
 
-    count = min(max(int(1e3 * budget / 4 / milliseconds(run)), 4), 24)
+    count = max(min(max(int(1e3 * budget / 4 / milliseconds(runs[0])), 4), 24), len(runs))
     stream.begin_capture(runtime.streamCaptureModeThreadLocal)
     try:
-        for _ in range(count):
-            run()
+        for i in range(count):
+            runs[i % len(runs)]()
     finally:
         graph = stream.end_capture()
     graph.launch(stream)

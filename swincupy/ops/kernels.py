@@ -21,7 +21,8 @@ Array = Any
 Constants = dict[str, jit.Constant]
 
 _BLOCK = 128  # threads, where several rows share a block
-_SHARED = 48 * 1024  # what every GPU gives a block without being asked
+_SHARED = 64 * 1024  # what every GPU gives a block that asks
+_CLUSTER = 8  # blocks that pool an image together
 _PATCH_SHARED = 96 * 1024  # what all but the oldest give when asked
 
 
@@ -38,14 +39,14 @@ class RowLayout(NamedTuple):
 
 
 @functools.cache
-def row_layout(C: int, unit: int, itemsize: int, most: int = 1024) -> RowLayout:
+def row_layout(C: int, unit: int, itemsize: int, within_warp: int = 8) -> RowLayout:
     """Accesses of up to 16 bytes that do not straddle a multiple of ``unit``, and threads for up to 4 each.
 
-    Up to 8 where that keeps a row in one warp, whose sums need no shared memory.
+    Up to ``within_warp`` where that keeps a row in one warp, whose sums need no shared memory.
     """
     vec = min(unit & -unit, 16 // itemsize)
     packs, group = C // vec, 1
-    while group < min(most, 1024) and packs > 4 * group and not (group == 32 and packs <= 8 * group):
+    while group < 1024 and packs > 4 * group and not (group == 32 and packs <= within_warp * group):
         group *= 2
     return RowLayout(vec, group)
 
@@ -93,10 +94,12 @@ def row_constants(C: int, precision: Precision) -> tuple[Constants, RowLayout]:
 # ---------------------------------------------------------------- patch_merge
 
 
-def patch_merge(x: Array, weight: Array | None, bias: Array | None, *, eps: float, precision: Precision) -> Array:
+def patch_merge(
+    x: Array, weight: Array | None, bias: Array | None, *, eps: float, precision: Precision, overlap: bool = False
+) -> Array:
     """2 x 2 neighbours in one row, then LayerNorm where weight is given.
 
-    [B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2), 4 C]
+    [B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2), 4 C]. With ``overlap``, no kernel under way writes weight or bias.
     """
     import cupy
 
@@ -106,12 +109,14 @@ def patch_merge(x: Array, weight: Array | None, bias: Array | None, *, eps: floa
     rows = out.size // (4 * C)
     if rows:
         kernel = jit.kernel("patch_merge", **constants)
-        kernel(-(-rows // layout.rows), layout.rows * layout.group, x, weight, bias, out, rows, H, W, eps)
+        blocks, threads = -(-rows // layout.rows), layout.rows * layout.group
+        overlap = overlap or weight is None
+        kernel(blocks, threads, x, weight, bias, out, rows, H, W, eps, overlap=overlap)
     return out
 
 
 def patch_merge_constants(C: int, norm: bool, precision: Precision) -> tuple[Constants, RowLayout]:
-    layout = row_layout(4 * C, C, precision.storage.itemsize)
+    layout = row_layout(4 * C, C, precision.storage.itemsize, within_warp=4)
     return {
         "scalar_t": precision.ctype, "C": C, "NORM": norm,
         "VEC": layout.vec, "GROUP": layout.group, "ROWS": layout.rows,
@@ -150,34 +155,37 @@ def global_pool(x: Array, weight: Array | None, bias: Array | None, *, eps: floa
     out = cupy.empty((B, C), precision.storage)
     if not out.size:
         return out
-    constants, layout, groups = pool_constants(C, weight is not None, precision)
+    constants, threads, shared = pool_constants(C, weight is not None, precision)
+    groups = int(constants["GROUPS"])
     # enough blocks for one large image; not a matter of B, so that a result does not depend on its batch
     splits = 1 if tokens <= 16 * groups else -(-tokens // (8 * groups))
     if splits > 1:
         parts = cupy.empty((B, splits, C), np.float32)
         kernel = jit.kernel("global_pool", **constants | {"out_t": "float"})
-        kernel((splits, B), groups * layout.group, x, weight, bias, parts, tokens, 1.0, eps, shared=4 * groups * C)
-        fp32 = precisions.of("fp32")
-        constants, layout, groups = pool_constants(C, False, fp32)
+        kernel((splits, B), threads, x, weight, bias, parts, tokens, 1.0, eps, shared=shared)
+        constants, threads, shared = pool_constants(C, False, precisions.of("fp32"))
         constants["out_t"] = precision.ctype
         x, weight, bias = parts, None, None
-    kernel = jit.kernel("global_pool", **constants)
-    shared = 4 * groups * C
-    kernel((1, B), groups * layout.group, x, weight, bias, out, x.size // (B * C), 1 / tokens, eps, shared=shared)
+    elif jit.multiprocessors(x.data.device_id) >= _CLUSTER * B and jit.compute_capability() >= 90:
+        constants, threads, shared = pool_constants(C, weight is not None, precision, _CLUSTER)
+    kernel, blocks = jit.kernel("global_pool", **constants), int(constants["CLUSTER"])
+    kernel((blocks, B), threads, x, weight, bias, out, x.size // (B * C), 1 / tokens, eps, shared=shared)
     return out
 
 
-def pool_constants(C: int, norm: bool, precision: Precision) -> tuple[Constants, RowLayout, int]:
+def pool_constants(C: int, norm: bool, precision: Precision, cluster: int = 1) -> tuple[Constants, int, int]:
+    """Constants, threads a block, and bytes of its shared memory. With a cluster, the sums are the same ones."""
     layout = row_layout(C, C, precision.storage.itemsize)
     groups = 1
     threads = 1024 // precision.storage.itemsize  # rows of float32 want more registers
     if layout.group <= 32:
         while 2 * groups * layout.group <= threads and 8 * groups * C <= _SHARED:
             groups *= 2
+    cluster = cluster if groups % cluster == 0 and layout.group == 32 else 1
     return {
-        "scalar_t": precision.ctype, "out_t": precision.ctype, "C": C, "NORM": norm,
-        "VEC": layout.vec, "GROUP": layout.group, "GROUPS": groups,
-    }, layout, groups  # fmt: skip
+        "scalar_t": precision.ctype, "out_t": precision.ctype, "C": C, "NORM": norm, "VEC": layout.vec,
+        "GROUP": layout.group, "GROUPS": groups // cluster, "CLUSTER": cluster, "ROWS": 8 // precision.storage.itemsize,
+    }, groups // cluster * layout.group, groups // cluster * C * 4  # fmt: skip
 
 
 # ---------------------------------------------------------------- patch_embed
@@ -210,16 +218,17 @@ def patch_embed(
     rows = B * H * W
     if not rows:
         return out
-    reach = _alignment(x.data.ptr)
+    reach, device = _alignment(x.data.ptr), x.data.device_id
+    many = rows >= 16 * 8 * jit.multiprocessors(device)
+    norm, position = norm_weight is not None, position_embedding is not None
     constants, shared = patch_embed_constants(
-        tuple(weight.shape), x.dtype, width, norm_weight is not None, precision, reach
+        tuple(weight.shape), x.dtype, width, norm, precision, reach, many, position
     )
     kernel = jit.kernel("patch_embed", **constants)
-    device = x.data.device_id
-    blocks = jit.multiprocessors(device) * max(1, min(8, jit.shared_per_multiprocessor(device) // (shared + 1024)))
-    tiles = -(-rows // int(constants["TILE"]))
+    warps, split, blocks = (int(constants[k]) for k in ("WARPS", "SPLIT", "BLOCKS"))
+    blocks = jit.multiprocessors(device) * max(1, min(blocks, jit.shared_per_multiprocessor(device) // (shared + 1024)))
     kernel(
-        min(tiles, blocks), 256,
+        min(-(-rows * split // (16 * warps)), blocks), 32 * warps,
         x, affine, weight, bias, norm_weight, norm_bias, position_embedding, out,
         rows, height, width, H, W, eps, shared=shared,
     )  # fmt: skip
@@ -227,34 +236,47 @@ def patch_embed(
 
 
 def patch_embed_constants(
-    shape: tuple[int, ...], pixel: np.dtype[Any], width: int, norm: bool, precision: Precision, reach: int = 16
+    shape: tuple[int, ...],
+    pixel: np.dtype[Any],
+    width: int,
+    norm: bool,
+    precision: Precision,
+    reach: int = 16,
+    many: bool = True,
+    position: bool = False,
 ) -> tuple[Constants, int]:
-    """Constants, and bytes of shared memory. ``reach``: bytes that the pixels' address is a multiple of."""
+    """Constants, and bytes of shared memory.
+
+    ``reach``: bytes that the pixels' address is a multiple of. ``many``: there are patches for all warps.
+    """
     C, CIN, PH, PW = shape
     if C > 2048:
         raise InputError(f"patch_embed: weight must have at most 2048 channels on a GPU, got {C}; use device='cpu'")
-    tensor, size = precision.storage.itemsize == 2, precision.storage.itemsize
-    pixels = pixel == np.uint8
-    run, segments, line = (PW * CIN, PH, width * CIN) if pixels else (PW, CIN * PH, width)
-    read = min(run & -run, line & -line, max(1, reach // pixel.itemsize), 16 // pixel.itemsize)
-    tile = next(t for t in (64, 32, 16, 8) if t * C <= 6144 or t == (16 if tensor else 8))
-    step = 16 if tensor else 32
-    np_, sums = -(-C // step) * step, -(-C // 4) * 4 + 4
-
-    def shared(runs: int) -> int:
-        k = -(-runs * run // 16) * 16
-        stride = k + (8 if tensor else 4)
-        return (tile * stride + np_ * (stride if tensor else k)) * size + tile * sums * 4
-
-    runs = segments
-    while runs > 1 and shared(runs) > _PATCH_SHARED:
-        runs = -(-runs // 2)
-    layout = row_layout(C, C, size, most=32)
+    size, pixels = precision.storage.itemsize, pixel == np.uint8
+    run, line = (PW * CIN, width * CIN) if pixels else (PW, width)
+    read = min(run & -run, line & -line, max(1, reach // pixel.itemsize), 4)
+    if pixels and ((PH, PW) != (4, 4) or CIN > 4):
+        read = 1
+    split = next(n for n in (1, 2, 4, 8) if 192 * n >= C or n == 8)  # a lane has 16 sums of each 32 channels
+    steps = -(-CIN * PH * PW // 16)
+    columns = -(-C // 32) * 32
+    weights = columns * (steps if steps < 4 else -(-steps // 4) * 4) * 16 * size
+    resident = weights <= _PATCH_SHARED
+    warps, blocks = _patch_blocks(C, split, precision, many) if resident else (8, 1)
     pixel_t = "unsigned char" if pixels else "float" if pixel == np.float32 else precision.ctype
     return {
-        "scalar_t": precision.ctype, "pixel_t": pixel_t, "C": C, "CIN": CIN, "PH": PH, "PW": PW, "TILE": tile,
-        "RUNS": runs, "READ": read, "VEC": layout.vec, "GROUP": layout.group, "NORM": norm,
-    }, shared(runs)  # fmt: skip
+        "scalar_t": precision.ctype, "pixel_t": pixel_t, "C": C, "CIN": CIN, "PH": PH, "PW": PW, "NORM": norm,
+        "POSITION": position, "WARPS": warps, "BLOCKS": blocks, "SPLIT": split, "RESIDENT": resident,
+        "READ": read, "VEC": min(C & -C, 16 // size),
+    }, 12 * columns + weights * resident + 8 * CIN * pixels + warps * 64 * (split > 1)  # fmt: skip
+
+
+def _patch_blocks(C: int, split: int, precision: Precision, many: bool) -> tuple[int, int]:
+    """Warps a block, and blocks a multiprocessor, which bounds registers: most are sums, 16 for each 32 channels."""
+    if split > 4:
+        return 8, 1
+    wide = C > 96 if precision.storage.itemsize == 4 else C > 128
+    return (8, 2) if many and not wide else (4, 3)
 
 
 def _alignment(pointer: int) -> int:
@@ -287,9 +309,10 @@ def variants() -> Iterator[jit.Variant]:
             ((192, 3, 4, 4), np.float32),
             ((30, 1, 2, 3), np.uint8),
             ((128, 4, 16, 16), precision.storage),
-            ((1024, 3, 4, 4), np.float32),
+            ((512, 3, 4, 4), np.float32),
         ):
             constants = patch_embed_constants(shape, np.dtype(pixel), 56 * shape[3], True, precision)[0]
             yield variant("patch_embed", constants)
     half = precisions.of("fp16")  # the first of two launches of a large image
     yield jit.Variant("global_pool", pool_constants(768, True, half)[0] | {"out_t": "float"})
+    yield jit.Variant("global_pool", pool_constants(768, True, half, _CLUSTER)[0], 90)

@@ -1,7 +1,7 @@
 """Matrix products on the asynchronous tensor cores of SM 9.0: ``cuda/wgmma_gemm.cu``.
 
-What cuBLASLt lacks: the exact GELU, a residual that costs no second pass, and a start before the kernel
-ahead is done.
+What cuBLASLt lacks: the exact GELU, a residual that costs no second pass, a start before the kernel ahead
+is done, and LayerNorm of the rows of ``a`` for the price of their moments, which the product before it gives.
 """
 
 from __future__ import annotations
@@ -49,17 +49,34 @@ TILES = (
 )  # fmt: skip
 
 
+class Norm(NamedTuple):
+    """What makes a product ``a @ w.T`` one of ``LN(a) @ w.T``, the norm without an affine part."""
+
+    moments: Array  # [M, K / 32, 2] float32: mean, and sum of squared deviations from it, of 32 neighbours in a
+    sums: Array  # [N] float32: of the rows of w
+    eps: float
+
+
+MOMENTS = 32  # neighbours in a row that have a mean in common
+_WIDEST_NORM = 1536  # channels whose moments four lanes hold
+
+
+def takes_norm(K: int, tile: Tile | None = None) -> bool:
+    """Whether rows of so many channels may come with their moments in place of a norm (for this tile)."""
+    return K % MOMENTS == 0 and K <= _WIDEST_NORM and (tile is None or tile.bn <= 96)
+
+
 def takes(N: int, K: int, precision: Precision, tile: Tile | None = None) -> bool:
     """Whether the kernel computes products of this width and depth here (with this tile, where one is given)."""
     if N % 32 or K % 8 or precision.name == "fp32" or jit.compute_capability() != 90:
         return False
-    return tile is None or tile.split * (tensor_maps.SLAB // precision.storage.itemsize) <= K
+    return tile is None or tile.split == 1 or tile.split * (tensor_maps.SLAB // precision.storage.itemsize) <= K
 
 
 def likely(M: int, N: int, K: int, multiprocessors: int) -> tuple[Tile, ...]:
     """The tiles that are worth a try: large ones where there is one for each multiprocessor, else small ones."""
     tiles = TILES[:4] if multiprocessors <= -(-M // 128) * -(-N // 96) else TILES[3:]
-    return tuple(t for t in tiles if t.split * 64 <= K)
+    return tuple(t for t in tiles if t.split == 1 or t.split * 64 <= K)
 
 
 class Product:
@@ -71,7 +88,8 @@ class Product:
         a [M, K], w [N, K], out and residual [M, N], C-contiguous; N a multiple of 32, K of 8.
     precision : Precision
         Not fp32.
-    gelu : bool
+    gelu, norm, moments : bool
+        What it is called with, too.
     tile : Tile
 
     Raises
@@ -80,10 +98,14 @@ class Product:
         The kernel does not compile for this GPU.
     """
 
-    def __init__(self, M: int, N: int, K: int, precision: Precision, *, gelu: bool, tile: Tile) -> None:
+    def __init__(
+        self, M: int, N: int, K: int, precision: Precision, *, gelu: bool, norm: bool = False, moments: bool = False,
+        tile: Tile,
+    ) -> None:  # fmt: skip
         import cupy
 
-        self._kernel = jit.kernel(tile.kernel, arch=jit.HOPPER, **constants(tile, precision, gelu=gelu))
+        fixed = constants(tile, precision, gelu=gelu, norm=norm, moments=moments)
+        self._kernel = jit.kernel(tile.kernel, arch=jit.HOPPER, **fixed)
         tiles = -(-M // tile.bm) * -(-N // tile.bn)
         most = jit.multiprocessors(cupy.cuda.device.get_device_id()) * (1 if tile.groups == 2 else 3)
         self._blocks = tiles * tile.split if tile.split > 1 else min(tiles, most)
@@ -96,26 +118,30 @@ class Product:
         bias: Array | None,
         residual: Array | None,
         out: Array,
+        norm: Norm | None = None,
+        moments: Array | None = None,
         overlap: bool = False,
     ) -> None:
         """Enqueue the product on CuPy's current stream; ``residual`` may be ``out``.
 
-        With ``overlap``, no kernel that is under way may write ``w``.
+        ``moments`` [M, N / 32, 2] float32 is written: those of out, as a `Norm` has them. With ``overlap``, no
+        kernel that is under way may write ``w``.
         """
         M, N, K = self._sizes
         of_a = tensor_maps.rows(a.data.ptr, M, K, self._precision, self._tile.bm)
         of_w = tensor_maps.permuted_rows(w.data.ptr, N, K, self._precision, self._tile.bn)
         self._kernel(
-            self._blocks, self._tile.threads, of_a, of_w, bias, residual, out, M, N, K,
+            self._blocks, self._tile.threads, of_a, of_w, bias, residual, out,
+            *(norm[:2] if norm else (None, None)), moments, M, N, K, norm.eps if norm else 0.0,
             shared=self._tile.shared, overlap=overlap,
         )  # fmt: skip
 
 
-def constants(tile: Tile, precision: Precision, *, gelu: bool) -> dict[str, jit.Constant]:
+def constants(tile: Tile, precision: Precision, *, gelu: bool, norm: bool, moments: bool) -> dict[str, jit.Constant]:
     """The kernel's compile-time constants."""
     return {
         "scalar_t": precision.ctype, "BM": tile.bm, "BN": tile.bn, "GROUPS": tile.groups, "STAGES": tile.stages,
-        "SPLIT": tile.split, "GELU": gelu,
+        "SPLIT": tile.split, "GELU": gelu, "NORM": norm, "MOMENTS": moments,
     }  # fmt: skip
 
 
@@ -123,5 +149,6 @@ def variants() -> Iterator[jit.Variant]:
     """The kernels that a search may try, for checks that they compile."""
     for tile in TILES:
         for name in ("fp16", "bf16", "tf32") if tile == TILES[1] else ("fp16",):
-            c = constants(tile, precisions.of(name), gelu=tile.bm == 128)
-            yield jit.Variant(tile.kernel, c, 90, jit.HOPPER)
+            for norm in (False, True) if takes_norm(256, tile) else (False,):
+                c = constants(tile, precisions.of(name), gelu=tile.bm == 128, norm=norm, moments=not norm)
+                yield jit.Variant(tile.kernel, c, 90, jit.HOPPER)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from swincupy import SwinConfig, tune
+from swincupy import SwinConfig, jit, tune
 from swincupy import precision as precisions
 from swincupy.errors import DeviceError
 from swincupy.ops import gemm
@@ -46,14 +46,13 @@ def test_gemm(name: str, parts: tuple[str, ...], size: tuple[int, int, int]) -> 
 @pytest.mark.parametrize("parts", EPILOGUES, ids=lambda p: "+".join(p) or "none")
 @pytest.mark.parametrize("name", PRECISIONS)
 def test_gemm_kernel(name: str, parts: tuple[str, ...], tile: gemm.Tile) -> None:
-    for size in ((333, 104, 200), (1, 8, 16), (64, 384, 96)):
+    for size in ((333, 104, 200), (1, 120, 16), (24, 8, 16), (64, 384, 96)):
         x, want = draw(name, *size, parts)
         problem = gemm.Problem(*size, name, "bias" in parts, "gelu" in parts, "residual" in parts)
         out = cupy.full(size[:2], 3, precisions.of(name).storage)
         run = gemm.runner(problem, tile)
         run(x["a"], x["w"], x.get("bias"), x.get("residual"), out)
-        few = 2 if out.size < 100 else 1  # their errors do not average out
-        assert distance(out, want, name) <= few * precisions.of(name).tolerance, size
+        assert distance(out, want, name) <= precisions.of(name).tolerance, size
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
@@ -155,7 +154,7 @@ def test_search_drops_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def tampered(problem: gemm.Problem, choice: gemm.Choice) -> gemm.Run:
         run = runner(problem, choice)
-        return (lambda a, w, *rest: run(w, a, *rest)) if choice is wrong else run
+        return (lambda a, w, *rest, overlap: run(w, a, *rest)) if choice is wrong else run
 
     monkeypatch.setattr(gemm, "runner", tampered)
     out = cupy.empty(size[:2], np.float16)
@@ -165,14 +164,19 @@ def test_search_drops_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tune(tmp_path: Path) -> None:
     config = SwinConfig(img_size=56, embed_dim=32, depths=(2, 2), num_heads=(2, 4), num_classes=10)
-    path = tune.main(config, 2, "fp16", progress=False)
-    assert path == tmp_path / "gemm.json"
-    for shape in tune.gemm_shapes(config, 2, 56, 56):
+    results = tune.measure(config, 2, "fp16", progress=False)
+    assert tune.save(results, "fp16") == tmp_path / "gemm.json"
+    assert len(tune.table(results).splitlines()) == len(results) + 2
+    few = jit.compute_capability() == 90  # few rows' norms are parts of products there
+    assert few == any("moments" in r.shape.epilogue for r in results)
+    for shape in (r.shape for r in results):
         choice = tune.lookup(tune.problem(shape, "fp16"))
         assert choice is not None
-        x, want = draw("fp16", shape.M, shape.N, shape.K, tuple(shape.epilogue.split("+")))
-        out = gemm.gemm(**x, gelu="gelu" in shape.epilogue, precision="fp16")
-        assert distance(out, want, "fp16") <= 1e-3
+        parts = tuple(shape.epilogue.split("+"))
+        if not {"norm", "moments"} & {*parts}:
+            x, want = draw("fp16", shape.M, shape.N, shape.K, parts)
+            out = gemm.gemm(**x, gelu="gelu" in parts, precision="fp16")
+            assert distance(out, want, "fp16") <= 1e-3
 
 
 def test_an_algorithm_of_another_shape_is_refused() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from swincupy import jit
 from swincupy import precision as precisions
-from swincupy.ops import gemm, wgmma
+from swincupy.ops import gemm, reference, wgmma
 from tests.gpu.products import EPILOGUES, distance, draw, plain
 
 cupy = pytest.importorskip("cupy")
@@ -41,6 +42,38 @@ def test_wgmma_gemm(name: str, parts: tuple[str, ...], tile: wgmma.Tile) -> None
             if name != "tf32":  # which is bounded by its products
                 assert error <= 2 * distance(plain(x, name, "gelu" in parts), want, name), size
         assert cupy.array_equal(guarded[-1].view("uint8"), beyond.view("uint8")), "wrote past the last row"
+
+
+@pytest.mark.parametrize("tile", wgmma.TILES, ids=str)
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("name", ["tf32", "fp16", "bf16"])
+def test_norms_and_moments(name: str, gelu: bool, tile: wgmma.Tile) -> None:
+    """A product that gives the moments of its rows, and one that takes them, against the operations one by one."""
+    precision = precisions.of(name)
+    for M, C, N in ((333, 160, 96), (9000, 96, 288), (49, 768, 1536), (70, 1536, 96)):
+        fits = wgmma.takes(C, 64, precision, tile) and wgmma.takes(N, C, precision, tile)
+        if not fits or not wgmma.takes_norm(C, tile):
+            continue
+        first, z = draw(name, M, C, 64, ("bias", "residual"))
+        second, _ = draw(name, 1, N, C, ("bias",))
+        x, y = (cupy.empty((M, n), precision.storage) for n in (C, N))
+        guarded = cupy.full((M + 1, C // 32, 2), 7, "float32")
+        sums = precisions.decode(cupy.asnumpy(second["w"]), precision).astype(np.float64).sum(axis=1)
+        norm = wgmma.Norm(guarded[:-1], cupy.asarray(sums, "float32"), 1e-5)
+        problem = gemm.Problem(M, C, 64, name, True, False, True, moments=True)
+        gemm.runner(problem, tile)(first["a"], first["w"], first["bias"], first["residual"], x, None, guarded[:-1])
+        problem = gemm.Problem(M, N, C, name, True, gelu, False, norm=True)
+        gemm.runner(problem, tile)(x, second["w"], second["bias"], None, y, norm, None)
+        assert distance(x, z, name) <= precision.tolerance
+        assert (guarded[-1] == 7).all(), "wrote past the last row"
+        exact = {k: precisions.decode(cupy.asnumpy(v), precision).astype(np.float64) for k, v in second.items()}
+        rows = precisions.decode(cupy.asnumpy(x), precision).astype(np.float64)
+        normed = reference.layer_norm(rows, np.ones(C), np.zeros(C))
+        want = reference.linear(normed, exact["w"], exact["bias"])
+        want = reference.gelu(want) if gelu else want
+        stored = second | {"a": cupy.asarray(precisions.encode(normed.astype(np.float32), precision))}
+        got, separate = distance(y, want, name), distance(plain(stored, name, gelu), want, name)
+        assert got <= (2 * separate if name != "tf32" else 2 * precision.tolerance), (M, C, N)
 
 
 def test_in_place() -> None:

@@ -19,6 +19,7 @@ import numpy as np
 
 ALIGNMENT = 512
 GRAVEYARD: list[Any] = []  # memory that was given back; kept so that a stale address is readable
+LOST: list[Any] = []  # memory that outlived its pool
 
 
 class CUDARuntimeError(RuntimeError):
@@ -117,6 +118,8 @@ def _back_to_pool(pool: Any, chunk: MemoryPointer) -> None:
         if (alive := pool()) is not None:
             alive._used -= chunk.mem.size
             alive._free.append(chunk)
+        else:
+            LOST.append(chunk)  # as CuPy's, where a chunk was split, and its parts know each other
 
 
 class _Owner:

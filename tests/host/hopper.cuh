@@ -116,6 +116,10 @@ inline void store_async_in_block(unsigned to, float a, float b, float c, float d
     store_in_block(to, float4{a, b, c, d});
     host::arrived(host::place(barrier), 16);
 }
+inline void store_async_in_block(unsigned to, uint4 x, unsigned barrier) {
+    store_in_block(to, x);
+    host::arrived(host::place(barrier), 16);
+}
 inline float load_of_cluster(const float* p, unsigned rank) {
     return *reinterpret_cast<float*>(host::place(address_in_block(shared_address(p), rank)));
 }
@@ -139,6 +143,17 @@ inline void store_matrix_x4(unsigned to, unsigned r0, unsigned r1, unsigned r2, 
         for (int q = 0; q < 4; ++q) store_shared(to + 4 * q, w[(lane % 8 * 4 + q) * 8 + lane / 8]);
     });
 }
+inline void store_matrix_x4_trans(unsigned to, unsigned r0, unsigned r1, unsigned r2, unsigned r3) {
+    const unsigned words[4] = {r0, r1, r2, r3};
+    exchange(words, 4, [&](const unsigned* w) {
+        const int lane = host::block.current % 32, r = lane % 8;
+        for (int c = 0; c < 8; ++c) {
+            const unsigned word = w[(c * 4 + r / 2) * 8 + lane / 8];
+            const unsigned short half = r % 2 ? word >> 16 : word;
+            std::memcpy(host::place(to + 2 * c), &half, 2);
+        }
+    });
+}
 inline void store_matrix_x2_trans(unsigned to, unsigned r0, unsigned r1) {
     const unsigned words[2] = {r0, r1};
     exchange(words, 2, [&](const unsigned* w) {
@@ -160,6 +175,14 @@ struct TensorMap {
 inline void copy_bulk(void* to, const void* from, unsigned bytes, unsigned long long* barrier) {
     std::memcpy(to, from, bytes);
     host::arrived(barrier, bytes);
+}
+inline void copy_bulk_to_blocks(void* to, const void* from, unsigned bytes, unsigned long long* barrier,
+                                unsigned blocks) {
+    for (unsigned i = 0; i < host::LARGEST_CLUSTER; ++i)
+        if (blocks >> i & 1) {
+            std::memcpy(host::place(address_in_block(shared_address(to), i)), from, bytes);
+            host::arrived(host::place(address_in_block(shared_address(barrier), i)), bytes);
+        }
 }
 inline void copy(void* to, const TensorMap* map, const long long (&corner)[5], unsigned long long* barrier) {
     int rows = 1;
