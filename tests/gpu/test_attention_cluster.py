@@ -9,10 +9,11 @@ from swincupy import jit
 from swincupy import precision as precisions
 from swincupy.errors import InputError
 from swincupy.ops import fused_attention
-from tests.gpu.test_attention_block import NAMES, arrays_of, block, check, launch, pack
 from tests.op_cases import distance
 
 cupy = pytest.importorskip("cupy", reason="needs CuPy")
+from tests.gpu.test_attention_block import NAMES, arrays_of, block, check, launch, pack  # noqa: E402  (needs it, too)
+
 pytestmark = pytest.mark.gpu
 
 
