@@ -22,6 +22,20 @@ DEVICE unsigned region_bits(unsigned row, unsigned t, unsigned begins, bool colu
     return (two ^ (second >> row & 1 ? 0x33333333 : 0)) | (two ^ (second >> (row + 8) & 1 ? 0x33333333 : 0)) << 2;
 }
 
+// k and v, the second and third 16 of a thread's sums, to two tiles of 64 rows of 64 bytes; at(piece): where stmatrix's
+// lanes begin that have the 8 columns of `piece` and of the one after it.
+template <typename T, typename At>
+DEVICE void store_k_v(unsigned char* tiles, const float (&qkv)[48], At at) {
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+        for (int j = 0; j < 4; j += 2) {
+            const float* s = qkv + 16 + m * 16 + j * 4;
+            store_matrix_x4(shared_address(tiles + m * (64 * 64) + at(j)), round2<T>(s[0], s[1]), round2<T>(s[2], s[3]),
+                            round2<T>(s[4], s[5]), round2<T>(s[6], s[7]));
+        }
+}
+
 // What logits start as, before q and k are added: a thread's position bias, which the image holds in this order.
 template <int HALF_KEYS>
 DEVICE void start_logits(float (&s)[HALF_KEYS], const uint4 (&bias)[4]) {

@@ -371,15 +371,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP* GROUPS, 1) __cluster_dim
 
             // k and v to shared memory; of two buffers the other warps are done with this one since the last barrier
             if (KV_BUFFERS == 1 && (i > 0 || A_REGISTERS)) named_barrier<WARPGROUP>(1 + group);
-#pragma unroll
-            for (int m = 0; m < 2; ++m)
-#pragma unroll
-                for (int j = 0; j < 4; j += 2) {
-                    const float* s = qkv + 16 + m * 16 + j * 4;
-                    store_matrix_x4(shared_address(shared + kv + m * SLAB + matrix_at(j)), round2<scalar_t>(s[0], s[1]),
-                                    round2<scalar_t>(s[2], s[3]), round2<scalar_t>(s[4], s[5]),
-                                    round2<scalar_t>(s[6], s[7]));
-                }
+            store_k_v<scalar_t>(shared + kv, qkv, matrix_at);
 
             // logits: the sums start as bias and mask
             float s[KEYS / 2];

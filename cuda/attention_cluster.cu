@@ -253,17 +253,9 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP, 1) __cluster_dims__(HEAD
 #pragma unroll
         for (int r = 0; r < 2; ++r)
             q[j / 2][j % 2 * 2 + r] = round2<scalar_t>(qkv[4 * j + 2 * r], qkv[4 * j + 2 * r + 1]);
-#pragma unroll
-    for (int m = 0; m < 2; ++m)  // k and v to shared memory
-#pragma unroll
-        for (int j = 0; j < 4; j += 2) {
-            const float* s = qkv + 16 + m * 16 + j * 4;
-            const unsigned row = 16 * warp + lane % 16;
-            store_matrix_x4(
-                shared_address(shared + KV_AT + m * SLAB + row * 64 + ((j + lane / 16 ^ lane / 2 % 4) << 4)),
-                round2<scalar_t>(s[0], s[1]), round2<scalar_t>(s[2], s[3]), round2<scalar_t>(s[4], s[5]),
-                round2<scalar_t>(s[6], s[7]));
-        }
+    store_k_v<scalar_t>(shared + KV_AT, qkv, [&](unsigned piece) {
+        return (16 * warp + lane % 16) * 64 + ((piece + lane / 16 ^ lane / 2 % 4) << 4);
+    });
 
     // ---- logits, and their softmax, its division left to the result
     fence_for_async();
@@ -428,20 +420,13 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP, 1) __cluster_dims__(HEAD
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
             const unsigned words[4] = {whole[k].x, whole[k].y, whole[k].z, whole[k].w};
-            float total = 0, squares = 0;
+            float z[8];
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 const float2 two = unpack2<scalar_t>(words[e]);
-                total += two.x + two.y;
+                z[2 * e] = two.x, z[2 * e + 1] = two.y;
             }
-            const float here = warp_sum<4>(total) * (1.0f / 32);
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const float2 two = unpack2<scalar_t>(words[e]);
-                squares = fmaf(two.x - here, two.x - here, squares);
-                squares = fmaf(two.y - here, two.y - here, squares);
-            }
-            squares = warp_sum<4>(squares);
-            if (writes && t == 0) moments[out_row * HEADS + 2 * pair + k] = make_float2(here, squares);
+            const float2 of_all = moments_of_four(z);
+            if (writes && t == 0) moments[out_row * HEADS + 2 * pair + k] = of_all;
         }
 }

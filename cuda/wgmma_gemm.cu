@@ -109,15 +109,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
         }
         if (m < M) store<8>(out + static_cast<size_t>(m) * N + n, z);
         if constexpr (MOMENTS) {
-            float total = 0, squares = 0;
-#pragma unroll
-            for (int e = 0; e < 8; ++e) total += z[e];
-            const float mean = warp_sum<4>(total) * (1.0f / 32);
-#pragma unroll
-            for (int e = 0; e < 8; ++e) squares = fmaf(z[e] - mean, z[e] - mean, squares);
-            squares = warp_sum<4>(squares);
-            if (m < M && lane % 4 == 0)
-                moments[static_cast<size_t>(m) * (N / 32) + n / 32] = make_float2(mean, squares);
+            const float2 of_all = moments_of_four(z);
+            if (m < M && lane % 4 == 0) moments[static_cast<size_t>(m) * (N / 32) + n / 32] = of_all;
         }
     };
     if (threadIdx.x >= MULTIPLIERS) {  // fetches, one thread for all

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -127,8 +127,9 @@ class Gpu:
 
     def engine(self, params: Mapping[str, np.ndarray], config: SwinConfig) -> Eager | Graphs:
         scratch = self.xp.cuda.MemoryPool()
+        what, advice = "load: the weights", 'use a smaller model, precision="fp16", or device="cpu"'
         try:
-            with self._on_device("load: the weights", 'use a smaller model, precision="fp16", or device="cpu"'):
+            with self._on_device(what, advice), self.xp.cuda.using_allocator(Slabs(self.xp.cuda.get_allocator())):
                 return self._engine(params, config, scratch)
         finally:
             with self.xp.cuda.Device(self._index):  # a pool has a part for each device
@@ -141,7 +142,7 @@ class Gpu:
         ops = fused.Fused(self._precision, constant_weights=True)
 
         def parameter(a: Array) -> Array:
-            with self.xp.cuda.using_allocator(scratch.malloc):  # what is kept is of the right size
+            with self.xp.cuda.using_allocator(scratch.malloc):  # not between what is kept
                 y = precisions.encode(self.xp.asarray(a), self._precision)
             return y.copy()
 
@@ -224,6 +225,37 @@ class Gpu:
                     f"{what} must fit into the memory of {self.device}, got: {error} "
                     f"{free / 2**20:.0f} of {total / 2**20:.0f} MiB are free; {advice}"
                 ) from None
+
+
+class Slabs:
+    """An allocator for arrays that last equally long: cuts them out of large pieces of memory.
+
+    CUDA rounds each allocation of a mebibyte or more up to two, which would be a fourth of a model's weights.
+
+    Parameters
+    ----------
+    allocate : callable
+        Where the pieces come from: bytes -> `cupy.cuda.MemoryPointer`. A piece is given back with its last array.
+    """
+
+    def __init__(self, allocate: Callable[[int], Any]) -> None:
+        self._allocate = allocate
+        self._rests: list[tuple[Any, int]] = []  # of pieces: where the rest begins, and its bytes
+        self._total = 0
+
+    def __call__(self, size: int) -> Any:
+        size = -(-max(size, 1) // 512) * 512  # CUDA's own alignment
+        i = next((i for i, (_, left) in enumerate(self._rests) if left >= size), len(self._rests))
+        if i == len(self._rests):
+            piece = -(-max(size, min(self._total // 8, _LARGEST_PIECE)) // _UNIT) * _UNIT
+            self._rests.append((self._allocate(piece), piece))
+            self._total += piece
+        pointer, left = self._rests[i]
+        self._rests[i] = pointer + size, left - size
+        return pointer
+
+
+_UNIT, _LARGEST_PIECE = 1 << 21, 1 << 24  # bytes: of CUDA's allocations, and a last piece is half empty on average
 
 
 _CUDA = 2  # kDLCUDA, the device type of DLPack

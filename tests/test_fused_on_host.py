@@ -116,6 +116,8 @@ def test_what_is_refused() -> None:
         ops.layer_norm(half, row[:4], row)
     with pytest.raises(InputError, match=r"linear: x must have 6 channels"):
         ops.linear(half, emulator.asarray(np.ones((2, 6), np.float16)))
+    with pytest.raises(InputError, match=r"patch_embed: images must hold less than 2\^31 numbers each, got \(1, 2, 3"):
+        ops.patch_embed(np.broadcast_to(half[:1, :2, :1, :1], (1, 2, 32768, 32768)), half)
     with pytest.raises(InputError, match=r"patch_embed: x must be \[B, 5, H, W\]"):
         ops.patch_embed(half, emulator.asarray(np.ones((8, 5, 2, 2), np.float16)))
     with pytest.raises(InputError, match="mean and std must be given for uint8 pixels"):

@@ -432,12 +432,12 @@ def test_memory_of_a_forgotten_model_is_given_back(pixels: str) -> None:
 
 
 def test_loading_keeps_the_weights_and_no_more() -> None:
-    config = CONFIG.replace(embed_dim=64, num_heads=(2, 4))
+    """Most of these are of a mebibyte and some, of which CUDA makes two."""
+    config = CONFIG.replace(embed_dim=192, num_heads=(6, 12))
     gc.collect()
     device.default_pool.free_all_blocks()
     before, model = device.card.used, make(config, "fp16")
-    weights = 2 * model.num_parameters
-    assert device.card.used - before <= weights + 512 * len(model._params)  # each is rounded up
+    assert device.card.used - before <= 1.15 * 2 * model.num_parameters
 
 
 def test_weights_are_there_when_load_returns() -> None:

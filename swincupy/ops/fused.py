@@ -365,6 +365,8 @@ class Fused:
         import cupy
 
         what = "patch_embed"
+        if math.prod(x.shape[1:]) >= 2**31:
+            raise InputError(f"patch_embed: images must hold less than 2^31 numbers each, got {x.shape}; cut them up")
         pixels = x.dtype == np.uint8
         if not pixels and x.dtype in (np.float32, np.float64):
             x = cupy.ascontiguousarray(x, np.float32)
@@ -440,7 +442,7 @@ class Fused:
         if post_norm:
             y = kernels.patch_merge(x, None, None, **options)
             return kernels.layer_norm(self._product(what, y, reduction_weight), norm_weight, norm_bias, **options)
-        y = kernels.patch_merge(x, norm_weight, norm_bias, **options)
+        y = kernels.patch_merge(x, norm_weight, norm_bias, **options, overlap=self._constant_weights)
         return self._product(what, y, reduction_weight, moments=moments)
 
     def global_pool(

@@ -47,6 +47,8 @@ card = Card()
 
 class Memory:
     def __init__(self, size: int) -> None:
+        if size >= 1 << 20:  # as CUDA does
+            size = -(-size // (1 << 21)) * (1 << 21)
         with card.lock:
             if card.used + size > card.total:
                 raise CUDARuntimeError(2)
@@ -68,8 +70,18 @@ class MemoryPointer:
     def __init__(self, mem: Any, offset: int) -> None:
         self.mem, self.ptr = mem, mem.ptr + offset
 
+    def __add__(self, offset: int) -> MemoryPointer:
+        return MemoryPointer(self.mem, self.ptr - self.mem.ptr + offset)
+
     def memset_async(self, value: int, size: int, stream: Any) -> None:
         ctypes.memset(self.ptr, value, size)
+
+
+class _Pooled:
+    """A chunk of a pool as long as anyone points to it."""
+
+    def __init__(self, chunk: MemoryPointer) -> None:
+        self.size, self.ptr = chunk.mem.size, chunk.ptr
 
 
 class MemoryPool:
@@ -84,10 +96,9 @@ class MemoryPool:
             fitting = sorted((c.mem.size, i) for i, c in enumerate(self._free) if c.mem.size >= size)
             chunk = self._free.pop(fitting[0][1]) if fitting else self._grow(size)
             self._used += chunk.mem.size
-        pooled = types.SimpleNamespace(size=chunk.mem.size, ptr=chunk.ptr)
-        handle = MemoryPointer(pooled, 0)
-        weakref.finalize(handle, _back_to_pool, weakref.ref(self), chunk).atexit = False
-        return handle
+        pooled = _Pooled(chunk)
+        weakref.finalize(pooled, _back_to_pool, weakref.ref(self), chunk).atexit = False
+        return MemoryPointer(pooled, 0)
 
     def _grow(self, size: int) -> MemoryPointer:
         for _ in range(2):
@@ -297,6 +308,10 @@ def using_allocator(malloc: Any) -> Iterator[None]:
         _state().allocators.pop()
 
 
+def get_allocator() -> Any:
+    return _state().allocators[-1]
+
+
 def unowned(x: np.ndarray) -> np.ndarray:
     """The same numbers by their address alone."""
     assert x.flags.c_contiguous
@@ -327,7 +342,7 @@ def module() -> types.ModuleType:
     cupy.cuda = types.SimpleNamespace(  # type: ignore[attr-defined]
         Device=Device, Stream=Stream, Event=Event, Memory=Memory, MemoryPointer=MemoryPointer, MemoryPool=MemoryPool,
         get_current_stream=get_current_stream, get_elapsed_time=get_elapsed_time,
-        using_allocator=using_allocator, runtime=runtime,
+        using_allocator=using_allocator, get_allocator=get_allocator, runtime=runtime,
         device=types.SimpleNamespace(get_device_id=lambda: 0),
         memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
         nvrtc=types.SimpleNamespace(getVersion=lambda: (13, 0)),
