@@ -1,6 +1,6 @@
 // What the kernels of the attention half of a block share, of SM 9.0: masks, logits, softmax of a warpgroup's 64 rows.
 #pragma once
-#include "hopper.cuh"
+#include "steps.cuh"
 
 constexpr float LOG2_E = 1.4426950408889634f;
 

@@ -221,17 +221,6 @@ DEVICE unsigned round2(float lo, float hi) {
     return bits;
 }
 
-// Of 32 numbers, eight in each of four neighbouring lanes: their mean, and the sum of their squared deviations from it.
-DEVICE float2 moments_of_four(const float (&z)[8]) {
-    float total = 0, squares = 0;
-#pragma unroll
-    for (int e = 0; e < 8; ++e) total += z[e];
-    const float mean = warp_sum<4>(total) * (1.0f / 32);
-#pragma unroll
-    for (int e = 0; e < 8; ++e) squares = fmaf(z[e] - mean, z[e] - mean, squares);
-    return make_float2(mean, warp_sum<4>(squares));
-}
-
 // ---------------------------------------------------------------- products of a warpgroup
 //
 // wgmma, D[64, N] += A[64, K] B[K, N], K = 16 of 16-bit elements, 8 of floats that the copy engine rounded to tf32. Warp w of the warpgroup has rows 16 w .. 16 w + 15; its

@@ -13,7 +13,7 @@
 //              STAGES >= 2; SPLIT = 1, 2, 4 or 8, which divides BM BN / 1024, and then GROUPS == 1 and BM == 64; GELU;
 //              NORM: BN <= 96, K % 32 == 0, K <= 1536; MOMENTS. N % 32 == 0, the bytes of K are a multiple of 16
 // arch, bound  sm_90a only; memory-bound for K < 300, then L2 or tensor cores
-#include "hopper.cuh"
+#include "steps.cuh"
 
 constexpr int SLAB = 128, BK = SLAB / sizeof(scalar_t);  // bytes and elements of k that a stage holds of each row
 constexpr int STAGE = (BM + BN) * SLAB, MULTIPLIERS = GROUPS * WARPGROUP;

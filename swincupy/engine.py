@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from swincupy import forward
+from swincupy import forward, jit
 from swincupy.config import SwinConfig
 from swincupy.parameters import fold, plan
 
@@ -79,7 +79,8 @@ class Eager:
 
         ``pixels`` are floats [B, C, H, W], or uint8 [B, H, W, C] with the mean and deviation to normalise them with.
         """
-        y = self._forward(what, pixels.shape, options, normalise)(pixels)
+        patches, rest = self._forward(what, pixels.shape, options, normalise)
+        y = rest(patches(pixels))
         return [self._export(z) for z in y] if isinstance(y, list) else self._export(y)
 
     def _forward(
@@ -88,14 +89,15 @@ class Eager:
         shape: tuple[int, ...],
         options: Mapping[str, Any],
         normalise: Normalise | None = None,
-    ) -> Callable[[Array], Any]:
-        """``what`` for pixels of a shape; holds all that it reads, and not the engine."""
+    ) -> tuple[Callable[..., Array], Callable[[Array], Any]]:
+        """`forward.patches` and ``what``, for pixels of a shape; they hold all that they read, and not the engine."""
         block = forward.BLOCK[self.config.version]
         if normalise is None:
             plan = self.plan(*shape[2:])
         else:
             plan = {**self.plan(*shape[1:3]), **self._normalisation(normalise)}
-        return functools.partial(what, w=self.weights, plan=plan, block=block, ops=self.ops, **options)
+        given = {"w": self.weights, "plan": plan, "ops": self.ops}
+        return functools.partial(forward.patches, **given), functools.partial(what, **given, block=block, **options)
 
     def plan(self, height: int, width: int) -> Any:
         """The plan of an input size: masks and biases, kept for the last few sizes."""
@@ -123,8 +125,8 @@ class Eager:
 class Graphs(Eager):
     """Runs the forward pass as CUDA graphs, one for each shape and kind of input and kind of output.
 
-    The first call of a shape compiles, warms up and captures; later ones copy the input into the
-    graph's own buffer, replay, and copy the result out. A graph's memory is its own. Batches are
+    The first call of a shape compiles, warms up and captures; later ones embed the patches, which
+    reads the input where it lies, replay the rest, and copy the result out. A graph's memory is its own. Batches are
     rounded up (`bucket`) so that neighbouring sizes share a graph; the number of graphs is bounded.
     Calls from several threads and on several streams are ordered where they use the same graph.
 
@@ -168,8 +170,8 @@ class Graphs(Eager):
         with self._capturing:  # one at a time: each fills the memory that it will own
             if (found := self._find(key)) is not None:
                 return found
-            run = self._forward(what, shape, options, normalise)
-            replay = _Replay(run, shape, np.float32 if normalise is None else np.uint8)
+            steps = self._forward(what, shape, options, normalise)
+            replay = _Replay(*steps, shape, np.float32 if normalise is None else np.uint8)
             with self._lock:
                 self._replays[key] = replay
                 oldest = [self._replays.popitem(last=False) for _ in range(len(self._replays) - self._capacity)]
@@ -204,15 +206,22 @@ def bucket(batch: int) -> int:
 
 
 class _Replay:
-    """One captured forward pass: its graph, its memory, its input and its outputs."""
+    """One captured forward pass, from the embedded patches on: its graph, its memory, its input and its outputs."""
 
-    def __init__(self, run: Callable[[Array], Any], shape: tuple[int, ...], dtype: Any = np.float32) -> None:
+    def __init__(
+        self,
+        patches: Callable[..., Array],
+        rest: Callable[[Array], Any],
+        shape: tuple[int, ...],
+        dtype: Any = np.float32,
+    ) -> None:
         import cupy
 
-        self._run = run  # holds the weights and the plan that the graph reads
+        self._patches, self._rest = patches, rest  # which hold the weights and the plan that the graph reads
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._lock = threading.Lock()
         self._done = cupy.cuda.Event(disable_timing=True)
+        self._launches = dict[tuple[int, int, bool], jit.Launch]()
         grown: list[int] = []
 
         def allocate(size: int) -> Any:
@@ -222,14 +231,16 @@ class _Replay:
 
         self._pool = cupy.cuda.MemoryPool(allocate)
         try:
-            with self._stream, cupy.cuda.using_allocator(self._pool.malloc):
-                self._input = cupy.zeros(shape, dtype)
-                self._device = self._input.device
-                run(self._input)  # compiles kernels, chooses algorithms, and leaves its memory in the pool
-                self._stream.synchronize()
-                held = self._pool.total_bytes()
-                grown.clear()
-                self._capture(run)
+            with self._stream:
+                pixels = cupy.zeros(shape, dtype)
+                self._device = pixels.device
+                with cupy.cuda.using_allocator(self._pool.malloc):
+                    self._input = patches(pixels)
+                    rest(self._input)  # compiles kernels, chooses algorithms, and leaves its memory in the pool
+                    self._stream.synchronize()
+                    held = self._pool.total_bytes()
+                    grown.clear()
+                    self._capture()
             if self._pool.total_bytes() < held + sum(grown):
                 # short of memory, the pool gave some back to the device that the graph was already going to use
                 raise cupy.cuda.memory.OutOfMemoryError(sum(grown), held)
@@ -238,13 +249,13 @@ class _Replay:
             self.__del__()
             raise
 
-    def _capture(self, run: Callable[[Array], Any]) -> None:
+    def _capture(self) -> None:
         import cupy
 
         # relaxed, so that the pool may grow: it hands out its memory in another order than when it was empty
         self._stream.begin_capture(cupy.cuda.runtime.streamCaptureModeRelaxed)
         try:
-            self._output = run(self._input)
+            self._output = self._rest(self._input)
         except BaseException:
             with contextlib.suppress(cupy.cuda.runtime.CUDARuntimeError):
                 self._stream.end_capture()
@@ -256,6 +267,7 @@ class _Replay:
         if sys.is_finalizing():
             return
         self._graph = self._output = self._input = None
+        self._launches.clear()
         if device := self.__dict__.pop("_device", None):
             with device:
                 self._pool.free_all_blocks()
@@ -267,16 +279,28 @@ class _Replay:
         with self._lock:
             stream.wait_event(self._done)  # the buffers are free once the last call has copied its result out
             try:
-                if isinstance(pixels, cupy.ndarray):
-                    self._input[:batch] = pixels
-                else:
-                    self._input[:batch].set(np.ascontiguousarray(pixels), stream=stream)
+                if not isinstance(pixels, cupy.ndarray):
+                    host, pixels = np.ascontiguousarray(pixels), cupy.empty(pixels.shape, pixels.dtype)
+                    pixels.set(host, stream=stream)
+                self._embed(pixels)
                 self._graph.launch(stream)
                 if isinstance(self._output, list):
                     return [export(y[:batch]) for y in self._output]
                 return export(self._output[:batch])
             finally:
                 self._done.record(stream)
+
+    def _embed(self, pixels: Array) -> None:
+        """`forward.patches` into the graph's input; where one launch does it, the same one for the next such pixels."""
+        batch, address = pixels.shape[0], pixels.data.ptr
+        key = (batch, min(address & -address, 256), pixels.flags.c_contiguous)
+        if key in self._launches:
+            self._launches[key].again(pixels)
+            return
+        with jit.recorded() as launches:
+            self._patches(pixels, out=self._input[:batch])
+        if len(launches) == 1 and (launch := launches[0].without(pixels)) is not None:
+            self._launches[key] = launch
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -6,11 +6,13 @@ built by NVRTC when first asked for, and kept on disk by CuPy (``CUPY_CACHE_DIR`
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import re
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,6 +113,8 @@ class Kernel:
             self._launch_early(_triple(grid), _triple(block), cast, shared)
         else:
             self.raw(_triple(grid), _triple(block), cast, shared_mem=shared)
+        if _recording.launches is not None:
+            _recording.launches.append(Launch(self.raw, _triple(grid), _triple(block), cast, shared))
 
     def _launch_early(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], shared: int) -> None:
         """Programmatic dependent launch, which CuPy does not offer."""
@@ -156,6 +160,47 @@ class Kernel:
                 'use device="cpu" or a GPU with more'
             ) from error
         self._shared = shared
+
+
+_GAP = object()
+
+
+class Launch(NamedTuple):
+    """A launch as it was made, to be made again without the checks and choices that led to it."""
+
+    raw: Any
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    args: tuple[Any, ...]
+    shared: int
+
+    def without(self, x: Array) -> Launch | None:
+        """The launch with a gap where the array x is; None where it does not take x."""
+        args = tuple([_GAP if a is x else a for a in self.args])
+        return self._replace(args=args) if any(a is _GAP for a in args) else None
+
+    def again(self, x: Array) -> None:
+        """On CuPy's current stream, with an array like the one that is missing: its type, shape, alignment, device."""
+        args = tuple([x if a is _GAP else a for a in self.args])
+        self.raw(self.grid, self.block, args, shared_mem=self.shared)
+
+
+class _Recording(threading.local):
+    launches: list[Launch] | None = None
+
+
+_recording = _Recording()
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """The launches that this thread makes within it."""
+    launches: list[Launch] = []
+    _recording.launches = launches
+    try:
+        yield launches
+    finally:
+        _recording.launches = None
 
 
 @functools.cache

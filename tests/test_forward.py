@@ -39,7 +39,8 @@ def recording(calls: list[str]) -> Any:
 def run(what: Any, config: SwinConfig, x: Any, ops: Any = reference, **options: Any) -> Any:
     weights = fold(recipe.state_dict(parameter_shapes(config), seed=1), config, lambda a: np.asarray(a, x.dtype))
     sized = plan(weights, config, *x.shape[2:], lambda a: np.asarray(a, x.dtype))
-    return what(x, weights, sized, forward.BLOCK[config.version], ops, **options)
+    z = forward.patches(x, weights, sized, ops)
+    return what(z, weights, sized, forward.BLOCK[config.version], ops, **options)
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -79,7 +80,8 @@ def test_every_parameter_counts(version: int) -> None:
     def logits(changed: dict[str, Any]) -> Any:
         weights = fold(changed, config, lambda a: np.asarray(a, np.float64))
         sized = plan(weights, config, 32, 24, lambda a: np.asarray(a, np.float64))
-        return forward.logits(x, weights, sized, forward.BLOCK[version], reference)
+        z = forward.patches(x, weights, sized, reference)
+        return forward.logits(z, weights, sized, forward.BLOCK[version], reference)
 
     before = logits(params)
     for name, value in params.items():

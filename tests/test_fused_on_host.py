@@ -69,7 +69,8 @@ def test_forward_pass(version: int, name: str) -> None:
 
     def run(convert, ops, x):  # type: ignore[no-untyped-def]
         w = fold(params, config, convert)
-        return forward.logits(x, w, plan(w, config, *x.shape[2:], convert), block, ops)
+        sized = plan(w, config, *x.shape[2:], convert)
+        return forward.logits(forward.patches(x, w, sized, ops), w, sized, block, ops)
 
     want = run(lambda a: np.asarray(a, np.float64), reference, x)
     y = run(

@@ -350,6 +350,7 @@ class Fused:
         eps: float = 1e-5,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        out: Array | None = None,
     ) -> Array:
         """See `swincupy.ops.reference.patch_embed`; takes pixels as they come, too.
 
@@ -359,6 +360,8 @@ class Fused:
             uint8 pixels are normalised here: ``(x / 255 - mean) / std``. Padding is zero after that.
         mean, std : Cin numbers
             For uint8 pixels, and for them only.
+        out : [B, H, W, C], optional
+            Where the result is written, C-contiguous and of the storage dtype.
 
         The others are those of the reference.
         """
@@ -415,6 +418,7 @@ class Fused:
             grid=(H, W),
             eps=eps,
             precision=self.precision,
+            out=out,
         )
 
     def patch_merge(

@@ -203,6 +203,7 @@ def patch_embed(
     grid: tuple[int, int],
     eps: float,
     precision: Precision,
+    out: Array | None = None,
 ) -> Array:
     """Embedded patches [B, H, W, C].
 
@@ -214,7 +215,7 @@ def patch_embed(
     B, (H, W) = x.shape[0], grid
     height, width = x.shape[1:3] if affine is not None else x.shape[2:]
     C = weight.shape[0]
-    out = cupy.empty((B, H, W, C), precision.storage)
+    out = cupy.empty((B, H, W, C), precision.storage) if out is None else out
     rows = B * H * W
     if not rows:
         return out

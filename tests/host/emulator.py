@@ -98,6 +98,11 @@ def kernel(name: str, *, arch: Any = None, **constants: jit.Constant) -> Callabl
                 cast.append(ctypes.c_void_p(a.ctypes.data))
         blocks, threads = jit._triple(grid), int(np.prod(block))
         device.get_current_stream().queue(lambda: run(*blocks, threads, *cast))
+        if jit._recording.launches is not None:
+            jit._recording.launches.append(jit.Launch(raw, blocks, (threads,), args, 0))
+
+    def raw(grid: Any, block: Any, args: tuple[Any, ...], *, shared_mem: int) -> None:
+        launch(grid, block, *args, shared=shared_mem)
 
     return launch
 
