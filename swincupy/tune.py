@@ -2,7 +2,8 @@
 
 The cache is one JSON file. Its entries belong to an environment, that is GPU, driver, cuBLASLt and the
 sources of our kernels: in another one they are stale. Entries that cannot be used are ignored with a
-warning; `swincupy.ops.gemm` then searches for itself, briefly.
+warning. ``tuned.json`` beside this module is such a file, too: what published models compute on the GPUs that it was
+measured on, for whoever has not tuned. What neither has `swincupy.ops.gemm` searches for itself, briefly.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from swincupy.config import Pair, SwinConfig, pair, stage_geometry
 from swincupy.errors import ConfigError, DeviceError, InputError
 
 if TYPE_CHECKING:
-    from swincupy.ops.gemm import Choice, Problem
+    from swincupy.ops.gemm import Choice, Problem, Tiles
 
 _FORMAT = 1
 
@@ -180,7 +181,7 @@ def measure(
 
     from swincupy import engine
     from swincupy import precision as precisions
-    from swincupy.ops import gemm
+    from swincupy.ops import cutlass, gemm, gemv, wgmma
 
     config = _config(config)
     if batch < 1:
@@ -199,7 +200,7 @@ def measure(
     for shape in tqdm(shapes, desc="tune", unit="product", disable=not progress, file=sys.stderr):
         key = problem(shape, precision)
         if key not in found:
-            found[key] = _measure(key)
+            found[key] = measured(key, gemm.TILES + gemv.TILES + wgmma.TILES + cutlass.TILES)
         results.append(Result(shape, *found[key]))
     cupy.get_default_memory_pool().free_all_blocks()
     return results
@@ -237,13 +238,13 @@ def problem(shape: Shape, precision: str) -> Problem:
     return Problem(shape.M, shape.N, shape.K, precision, **{"bias": False, "gelu": False, "residual": False} | parts)
 
 
-def _measure(key: Problem) -> tuple[Choice, float, float]:
-    """Best choice, its microseconds, and those of the library's first guess."""
+def measured(key: Problem, tiles: tuple[Tiles, ...]) -> tuple[Choice, float, float]:
+    """Best choice among cuBLASLt's and these tiles, its microseconds, and those of the library's first guess."""
     import cupy
     import numpy as np
 
     from swincupy import precision as precisions
-    from swincupy.ops import cutlass, gemm, gemv, wgmma
+    from swincupy.ops import gemm, wgmma
 
     p = precisions.of(key.precision)
     rng = np.random.default_rng(0)
@@ -261,7 +262,7 @@ def _measure(key: Problem) -> tuple[Choice, float, float]:
         wgmma.Norm(moments(key.K), cupy.zeros(key.N, np.float32), 1e-5) if key.norm else None,
         moments(key.N) if key.moments else None,
     )  # fmt: skip
-    choices = gemm.choices(key, 64, gemm.TILES + gemv.TILES + wgmma.TILES + cutlass.TILES)
+    choices = gemm.choices(key, 64, tiles)
     first = gemm.search(key, choices, arrays)
     if not first:
         raise DeviceError(f"tune: no algorithm runs {key}")
@@ -285,6 +286,11 @@ def cache_path() -> Path:
     else:
         base = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
     return base / "swincupy" / "gemm.json"
+
+
+def shipped_path() -> Path:
+    """The file of measurements that comes with the package."""
+    return Path(__file__).with_name("tuned.json")
 
 
 def environment(device: int) -> str:
@@ -371,11 +377,16 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def lookup(key: Problem) -> Choice | None:
-    """The cache's choice for a product on CuPy's current device; None, perhaps with a warning, where it has none."""
+    """The cache's choice for a product on CuPy's current device, or what was shipped for it; None where there is none.
+
+    Entries that cannot be used come with a warning.
+    """
     from cupy.cuda.device import get_device_id
 
     with _lock:
-        entry = _entries(get_device_id()).get(_key(key))
+        device = get_device_id()
+        own, shipped = _entries(device), _shipped(device)
+        entry = own.get(_key(key), shipped.get(_key(key)))
     if entry is None or key.alignment < 256:  # measured with arrays of their own
         return None
     try:
@@ -402,6 +413,25 @@ def _entries(device: int) -> dict[str, Any]:
     if here not in known and (stale := [k for k in known if _gpu(k) == _gpu(here)]):
         warn(f"{path} was measured with {stale[0]!r}, this is {here!r}")
     return known.get(here, {})
+
+
+@functools.cache
+def _shipped(device: int) -> dict[str, Any]:
+    """What was measured on such a GPU; cuBLASLt's algorithms where it is the same one, our tiles as they are now."""
+    name, _, library, _ = environment(device).split(" | ")
+    found: dict[str, Any] = {}
+    for where, entries in read(shipped_path()).items():
+        gpu, _, of, _ = where.split(" | ")
+        if gpu == name:
+            found |= {k: e for k, e in entries.items() if of == library or not isinstance(e["choice"], str)}
+    return {k: e for k, e in found.items() if _can_be_decoded(e["choice"])}
+
+
+def _can_be_decoded(stored: Any) -> bool:
+    try:
+        return bool(_decode(stored))
+    except ValueError:  # a tile that there was once
+        return False
 
 
 def warn(what: str) -> None:

@@ -34,9 +34,20 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name, module in {"cupy": types.ModuleType("cupy"), "cupy.cuda": types.ModuleType("cupy.cuda")}.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setitem(sys.modules, "cupy.cuda.device", device)
-    tune._entries.cache_clear()
+    monkeypatch.setattr(tune, "shipped_path", lambda: tmp_path / "tuned.json")
+    ship(tmp_path / "tuned.json", {})
+    forget()
     yield tmp_path / "caches" / "gemm.json"
+    forget()
+
+
+def forget() -> None:
     tune._entries.cache_clear()
+    tune._shipped.cache_clear()
+
+
+def ship(path: Path, environments: Any) -> None:
+    path.write_text(json.dumps({"format": 1, "environments": environments}))
 
 
 def store(cache: Path, environments: Any) -> None:
@@ -62,6 +73,40 @@ def test_no_cache(cache: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert tune.lookup(PROBLEM) is None
+
+
+def test_what_is_shipped(cache: Path) -> None:
+    """Is used where the user has not measured: on the GPU it is from, with algorithms of the library it is from."""
+    other = "49 x 384 x 96 fp16 bias+gelu"
+    entries = {KEY: {"choice": ALGORITHM.hex()}, other: {"choice": tune._encode(wgmma.TILES[1])}}
+    path = tune.shipped_path()
+    for where, of_library, of_ours in (
+        (HERE, ALGORITHM, wgmma.TILES[1]), (HERE.replace("13000", "13020"), ALGORITHM, wgmma.TILES[1]),
+        (STALE, None, wgmma.TILES[1]), (OTHER, None, None),
+    ):  # fmt: skip
+        ship(path, {where: entries})
+        forget()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert tune.lookup(PROBLEM) == of_library
+            assert tune.lookup(PROBLEM._replace(M=49)) == of_ours
+    ship(path, {HERE: entries | {KEY: {"choice": ["a tile", "of long ago"]}}})
+    forget()
+    assert tune.lookup(PROBLEM) is None
+    tune.save([result(gemm.TILES[0])], "fp16")
+    assert tune.lookup(PROBLEM) == gemm.TILES[0]
+
+
+def test_the_shipped_file() -> None:
+    for entries in tune.read(tune.shipped_path()).values():
+        for key, entry in entries.items():
+            M, _, N, _, K, precision, epilogue = key.split()
+            parts = {k: True for k in epilogue.split("+") if k != "none"}
+            problem = gemm.Problem(
+                int(M), int(N), int(K), precision, **{"bias": False, "gelu": False, "residual": False} | parts
+            )
+            assert tune._key(problem) == key
+            assert tune._decode(entry["choice"]) and entry["microseconds"] > 0
 
 
 def test_saving_merges(cache: Path) -> None:
