@@ -11,46 +11,41 @@
 //              tile's K and add up their parts in order. Shared memory: Tile.shared in ops/wgmma.py
 // constants    scalar_t = float | __half | __nv_bfloat16; BM = 64 or 128, BN = 32, 64, 96, 128, 192 or 256; GROUPS = 1 or 2;
 //              STAGES >= 2; SPLIT = 1, 2, 4 or 8, which divides BM BN / 1024, and then GROUPS == 1 and BM == 64; GELU;
-//              NORM: BN <= 96, K % 32 == 0, K <= 1536; MOMENTS. N % 32 == 0, the bytes of K are a multiple of 16
+//              NORM: BM = 64, BN <= 96, K % 64 == 0, a tile a block; MOMENTS. N % 32 == 0, the bytes of K are a multiple of 16
 // arch, bound  sm_90a only; memory-bound for K < 300, then L2 or tensor cores
 #include "steps.cuh"
 
 constexpr int SLAB = 128, BK = SLAB / sizeof(scalar_t);  // bytes and elements of k that a stage holds of each row
 constexpr int STAGE = (BM + BN) * SLAB, MULTIPLIERS = GROUPS * WARPGROUP;
 // Two groups take the registers of the fetching warps, which can be given a warpgroup at a time.
-constexpr int THREADS = MULTIPLIERS + (GROUPS == 2 ? WARPGROUP : WARP);
+constexpr int THREADS = MULTIPLIERS + (GROUPS == 2 ? WARPGROUP : NORM ? 2 * WARP : WARP);
 constexpr int TALL = BM / 64, COLUMNS = BN / 32;  // products of 64 rows on top of each other, groups of 32 columns
 constexpr int UNITS = TALL * COLUMNS * 2;         // pieces of eight sums of a thread, neighbours in a row of out
 constexpr int BLOCKS = GROUPS == 2 || TALL * BN > 128 ? 1 : TALL * BN > 64 || NORM ? 2 : 3;
 static_assert(SPLIT == 1 || (GROUPS == 1 && TALL == 1 && UNITS % SPLIT == 0));
-static_assert(!NORM || COLUMNS <= 3, "what a norm needs is in registers");
+static_assert(!NORM || (TALL == 1 && COLUMNS <= 3), "what a norm needs is in registers");
+constexpr unsigned NORMS = 15;  // the barrier for them
+// Of a tile whose K is shared each block finishes EACH pieces, of which the others' parts come to RECEIVED.
+constexpr int EACH = UNITS / SPLIT, RECEIVED = STAGES * STAGE, RECEIVED_BYTES = (SPLIT - 1) * EACH * 32 * WARPGROUP;
 
-// Of ROWS rows of a, 1 / deviation and -mean / deviation, from the moments of each 32 of their K numbers, which four
-// lanes read. All are asked for at once.
-template <int ROWS>
-DEVICE void norms(const float2* moments, const int (&row)[ROWS], int K, float eps, float (&scale)[ROWS],
-                  float (&offset)[ROWS]) {
-    constexpr int MOST = 1536 / 32 / 4;
-    const int groups = K / 32, t = threadIdx.x % 4;
-    float2 part[ROWS][MOST];
+// Of a lane's two rows of a, 1 / deviation and -mean / deviation, from the moments of each 32 of their K numbers.
+DEVICE void norms(const float2* moments, const int (&row)[2], int K, float eps, float2 (&norm)[2]) {
+    float near[2], sum[2] = {0, 0}, squares[2] = {0, 0};
+#pragma unroll 4
+    for (int i = 0; i < K / 64; ++i)
 #pragma unroll
-    for (int i = 0; i < MOST; ++i)
+        for (int r = 0; r < 2; ++r) {
+            const uint4 two = load_now(moments + static_cast<size_t>(row[r]) * (K / 32) + 2 * i);
+            const float one = __uint_as_float(two.x), other = __uint_as_float(two.z);
+            if (i == 0) near[r] = one;  // so that little cancels
+            const float a = one - near[r], b = other - near[r];
+            sum[r] += a + b;
+            squares[r] += fmaf(32 * a, a, __uint_as_float(two.y)) + fmaf(32 * b, b, __uint_as_float(two.w));
+        }
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r)
-            if (4 * i + t < groups) part[r][i] = moments[static_cast<size_t>(row[r]) * groups + 4 * i + t];
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-        const float near = __shfl_sync(ALL_LANES, part[r][0].x, threadIdx.x % WARP / 4 * 4);  // so that little cancels
-        float sum = 0, squares = 0;
-#pragma unroll
-        for (int i = 0; i < MOST; ++i)
-            if (4 * i + t < groups) {
-                const float apart = part[r][i].x - near;
-                sum += apart, squares += fmaf(32 * apart, apart, part[r][i].y);
-            }
-        const float apart = warp_sum<4>(sum) / groups;
-        const float variance = warp_sum<4>(squares) / K - apart * apart;
-        scale[r] = rsqrtf(fmaxf(variance, 0.0f) + eps), offset[r] = -(near + apart) * scale[r];
+    for (int r = 0; r < 2; ++r) {
+        const float apart = __fdividef(32 * sum[r], K), variance = __fdividef(squares[r], K) - apart * apart;
+        norm[r].x = rsqrtf(fmaxf(variance, 0.0f) + eps), norm[r].y = -(near[r] + apart) * norm[r].x;
     }
 }
 
@@ -71,8 +66,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
                const scalar_t* __restrict__ bias, const scalar_t* residual, scalar_t* out, const float2* moments_of_a,
                const float* __restrict__ sums_of_w, float2* moments, int M, int N, int K, float eps) {
     extern __shared__ __align__(1024) unsigned char smem[];
-    auto* const full = reinterpret_cast<unsigned long long*>(smem + STAGES * STAGE);
-    auto* const empty = full + STAGES;
+    auto* const full = reinterpret_cast<unsigned long long*>(smem + RECEIVED + RECEIVED_BYTES);
+    auto *const empty = full + STAGES, *const received = empty + STAGES;
+    auto* const norms_of_rows = reinterpret_cast<float2*>(received + 1);
     const unsigned thread = threadIdx.x % WARPGROUP, lane = thread % WARP, part = SPLIT > 1 ? cluster_rank() : 0;
     const unsigned group = __shfl_sync(ALL_LANES, threadIdx.x / WARPGROUP, 0);
     const int tiles_n = ceil_div(N, BN), tiles = ceil_div(M, BM) * tiles_n;  // n runs faster than m
@@ -84,9 +80,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
     if (threadIdx.x == 0) {
 #pragma unroll
         for (int i = 0; i < STAGES; ++i) barrier_init(&full[i], 1), barrier_init(&empty[i], WARPGROUP / WARP);
+        if constexpr (SPLIT > 1) barrier_init(received, 1);
         barrier_init_fence();
+        if constexpr (SPLIT > 1) barrier_expect(received, RECEIVED_BYTES);
     }
     __syncthreads();
+    if constexpr (SPLIT > 1) cluster_arrive_relaxed();
     let_next_kernel_start();
 
     float sum[TALL][BN / 2], scale[TALL][2], offset[TALL][2];
@@ -115,6 +114,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
     };
     if (threadIdx.x >= MULTIPLIERS) {  // fetches, one thread for all
         if constexpr (GROUPS == 2) give_registers<40>();
+        const unsigned helper = threadIdx.x / WARP - MULTIPLIERS / WARP;
+        if (NORM && helper == 1) {  // a warp of its own, which has the time that the products take
+            wait_for_kernels_ahead();
+            const int m0 = m_of(first), rows[2] = {min(m0 + int(lane), M - 1), min(m0 + WARP + int(lane), M - 1)};
+            float2 norm[2];
+            norms(moments_of_a, rows, K, eps, norm);
+            norms_of_rows[lane] = norm[0], norms_of_rows[WARP + lane] = norm[1];
+            named_barrier_arrive<WARPGROUP + WARP>(NORMS);
+        }
         if (threadIdx.x == MULTIPLIERS) {
             prefetch_map(&a), prefetch_map(&w);
             const int total = ceil_div(tiles - first, step) * slabs;
@@ -159,11 +167,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
             if constexpr (NORM) {  // sums begin at nothing
 #pragma unroll
                 for (int c = 0; c < COLUMNS; ++c) columns[c] = columns_at(n0 + c * 32 + lane % 4 * 8);
-#pragma unroll
-                for (int t = 0; t < TALL; ++t) {
-                    const int rows[2] = {min(m0 + row_of(t, 0), M - 1), min(m0 + row_of(t, 1), M - 1)};
-                    norms(moments_of_a, rows, K, eps, scale[t], offset[t]);
-                }
             } else {  // at bias and residual, in one of the parts
 #pragma unroll
                 for (int c = 0; c < COLUMNS; ++c) {
@@ -221,6 +224,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
             for (int t = 0; t < TALL; ++t) hold(sum[t]);
             __syncwarp();
             release(stage ? stage - 1 : STAGES - 1);
+            if constexpr (NORM) {
+                named_barrier<WARPGROUP + WARP>(NORMS);
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    const float2 norm = norms_of_rows[row_of(0, h)];
+                    scale[0][h] = norm.x, offset[0][h] = norm.y;
+                }
+            }
             if constexpr (SPLIT == 1) {
 #pragma unroll
                 for (int c = 0; c < COLUMNS; ++c) {
@@ -241,36 +252,47 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
     }
     if constexpr (SPLIT > 1) {
         __syncwarp();
-        // All parts go to shared memory, a thread's sums apart by a row of threads; each block adds up some pieces.
-        auto* const parts = reinterpret_cast<float*>(smem);
-        const bool multiplies = threadIdx.x < MULTIPLIERS;
-        if (multiplies) {
-            named_barrier<WARPGROUP>(1);  // all have read the ring
+        cluster_wait();  // the others have their barriers
+        if (threadIdx.x >= MULTIPLIERS) return;
+        const auto place_of = [&](int from, int i) {
+            return RECEIVED + ((from * EACH + i) * 2 * WARPGROUP + thread) * 16;
+        };
+        float mine[EACH][8];
 #pragma unroll
-            for (int i = 0; i < BN / 2; ++i) parts[i * WARPGROUP + thread] = sum[0][i];
-        }
-        cluster_barrier();
-        if (multiplies) {
+        for (int unit = 0; unit < UNITS; ++unit) {  // (c, h), h running fastest
+            const unsigned owner = unit / EACH;
+            float z[8];
 #pragma unroll
-            for (int i = 0; i < UNITS / SPLIT; ++i) {  // (c, h), h running fastest
-                const int unit = part * (UNITS / SPLIT) + i, h = unit % 2, c = unit / 2;
-                const int m = m_of(first) + row_of(0, h), n = n_of(first) + c * 32 + lane % 4 * 8;
-                if (n >= N) continue;
-                float parts_of[SPLIT][8], z[8] = {};
+            for (int e = 0; e < 8; ++e) z[e] = sum[0][unit / 2 * 16 + e / 2 * 4 + unit % 2 * 2 + e % 2];
+            if (owner == part) {
 #pragma unroll
-                for (int p = 0; p < SPLIT; ++p)
-#pragma unroll
-                    for (int e = 0; e < 8; ++e)
-                        parts_of[p][e] =
-                            load_of_cluster(parts + (c * 16 + e / 2 * 4 + h * 2 + e % 2) * WARPGROUP + thread, p);
-#pragma unroll
-                for (int p = 0; p < SPLIT; ++p)
-#pragma unroll
-                    for (int e = 0; e < 8; ++e) z[e] += parts_of[p][e];
-                finish(z, m, n, h ? scale[0][1] : scale[0][0], h ? offset[0][1] : offset[0][0], columns_at(n));
+                for (int e = 0; e < 8; ++e) mine[unit % EACH][e] = z[e];
+            } else {
+                const unsigned to = shared_address(smem + place_of(part - (part > owner), unit % EACH));
+                const unsigned there = address_in_block(to, owner);
+                const unsigned barrier = address_in_block(shared_address(received), owner);
+                store_async_in_block(there, z[0], z[1], z[2], z[3], barrier);
+                store_async_in_block(there + 16 * WARPGROUP, z[4], z[5], z[6], z[7], barrier);
             }
         }
-        __syncwarp();
-        cluster_arrive_relaxed(), cluster_wait();  // the other blocks are done with this one's shared memory
+        barrier_wait_cluster(received, 0);
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            const int unit = part * EACH + i, c = unit / 2, h = unit % 2;
+            const int m = m_of(first) + row_of(0, h), n = n_of(first) + c * 32 + lane % 4 * 8;
+            if (n >= N) continue;
+            float z[8] = {};
+#pragma unroll
+            for (unsigned p = 0; p < SPLIT; ++p) {  // in the order of k
+                float of_p[8];
+                const float* from = reinterpret_cast<const float*>(smem + place_of(p - (p > part), i));
+                if (p != part)
+                    load<4>(from, reinterpret_cast<float (&)[4]>(of_p[0])),
+                        load<4>(from + 4 * WARPGROUP, reinterpret_cast<float (&)[4]>(of_p[4]));
+#pragma unroll
+                for (int e = 0; e < 8; ++e) z[e] += p == part ? mine[i][e] : of_p[e];
+            }
+            finish(z, m, n, h ? scale[0][1] : scale[0][0], h ? offset[0][1] : offset[0][0], columns_at(n));
+        }
     }
 }

@@ -22,7 +22,6 @@ from swincupy.precision import Precision
 Array = Any
 
 _MORE_THAN_HALF = 116 * 1024  # no two blocks on one multiprocessor: started early, they would leave others empty
-_WORTH_IT = 9.0  # microseconds: what C = 384 may take here and still be faster than by several launches
 
 
 class Packed(NamedTuple):
@@ -95,14 +94,12 @@ def takes(C: int, hidden: int, precision: Precision, M: int | None = None) -> bo
     C, hidden : int
     precision : Precision
     M : int, optional
-        C = 384 is for a few hundred rows alone; where M is None, for those.
     """
     if precision.storage.itemsize != 2 or hidden % 64 or hidden <= 0 or jit.compute_capability() != 90:
         return False
-    if C in _WALKS:
-        fits = walk(C, hidden).shared(C, hidden, True) <= jit.HOPPER_SHARED
-        return fits and (M is None or _LEAST.get(C, 0) <= M or choose(M, C, hidden, 132).split > 0)
-    return C == 384 and _share(M or 1, C, hidden, 132)[1] < _WORTH_IT
+    if C not in _WALKS or walk(C, hidden).shared(C, hidden, True) > jit.HOPPER_SHARED:
+        return False
+    return M is None or _LEAST.get(C, 0) <= M or choose(M, C, hidden, 132).split > 0
 
 
 def pack(
@@ -222,12 +219,9 @@ def choose(M: int, C: int, hidden: int, multiprocessors: int) -> Plan:
         No plan takes this size.
     """
     share, time = _share(M, C, hidden, multiprocessors)
-    if C in _WALKS:
-        plan = walk(C, hidden)
-        rounds = -(-M // (64 * multiprocessors * plan.groups))
-        if share is None or 2.5 + 70e-6 * C * hidden * rounds < time:
-            return plan
-    return share or walk(C, hidden)
+    plan = walk(C, hidden)
+    rounds = -(-M // (64 * multiprocessors * plan.groups))
+    return plan if share is None or 2.5 + 70e-6 * C * hidden * rounds < time else share
 
 
 def walk(C: int, hidden: int) -> Plan:
@@ -247,11 +241,11 @@ def walk(C: int, hidden: int) -> Plan:
 def _share(M: int, C: int, hidden: int, multiprocessors: int) -> tuple[Plan | None, float]:
     """The clusters that should take the least time, and a rough idea of that: microseconds on an H100."""
     best, least = None, float("inf")
-    for split in (1, 2, 4, 8, 16) if C == 384 else (1, 2, 4, 8):
+    for split in (1, 2, 4, 8):
         # clusters lie within groups of up to 18 multiprocessors, some of which are not there
         at_once = multiprocessors * (1 if split <= 2 else 0.91 if split <= 4 else 0.85)
         for rows in (16, 24, 32, 48, 64):
-            plan = Plan(split, rows, 6 if C == 384 else 4)
+            plan = Plan(split, rows, 4)
             shared = plan.shared(C, hidden, True)
             if hidden % (16 * split) or rows % (2 * split) or rows > hidden // split or shared > jit.HOPPER_SHARED:
                 continue
@@ -275,7 +269,7 @@ def variants() -> Iterator[jit.Variant]:
     """The kernels of published models, for checks that they compile."""
     sizes = (
         (96, 4, 100352), (128, 4, 100352), (192, 4, 25088), (256, 4, 25088), (96, 8, 100352), (192, 2, 25088),
-        (96, 4, 3136), (128, 4, 3136), (192, 4, 784), (256, 4, 784), (384, 4, 196), (96, 2, 1),
+        (96, 4, 3136), (128, 4, 3136), (192, 4, 784), (256, 4, 784), (96, 2, 1),
     )  # fmt: skip
     for precision in (precisions.of(name) for name in ("fp16", "bf16")):
         for post_norm in (False, True):

@@ -147,7 +147,7 @@ def gemm(
 
 def gives_moments(M: int, N: int, K: int, precision: Precision) -> bool:
     """Whether a product comes with the moments of its rows, on CuPy's current device, and is better for it."""
-    return M <= _FEW_ROWS and wgmma.takes(N, K, precision)
+    return M * N <= _FEW_NUMBERS and wgmma.takes(N, K, precision)
 
 
 def takes_norm(N: int, K: int, precision: Precision) -> bool:
@@ -155,7 +155,8 @@ def takes_norm(N: int, K: int, precision: Precision) -> bool:
     return wgmma.takes(N, K, precision) and wgmma.takes_norm(K)
 
 
-_FEW_ROWS = 256  # of more, a norm of its own costs less than what it saves others from, and cuBLASLt's products win
+_FEW_ROWS = 256  # of which most of the time goes to weights that no cache holds
+_FEW_NUMBERS = 1 << 18  # of more, a norm costs less than what it saves others from, and cuBLASLt's products win
 
 
 def _check(

@@ -33,19 +33,19 @@ class Tile(NamedTuple):
 
     @property
     def shared(self) -> int:
-        """Bytes of dynamic shared memory: the ring and its barriers; parts of sums."""
+        """Bytes of dynamic shared memory: the ring, other blocks' parts of sums, barriers and the norms of 64 rows."""
         ring = self.stages * ((self.bm + self.bn) * tensor_maps.SLAB + 16)
-        return max(ring, (self.split > 1) * self.bm * self.bn * 4)
+        return ring + self.bm * self.bn * 4 * (self.split - 1) // self.split + 8 + 64 * 8
 
-    @property
-    def threads(self) -> int:
-        return 384 if self.groups == 2 else 160
+    def threads(self, norm: bool) -> int:
+        return 384 if self.groups == 2 else 192 if norm else 160
 
 
-#: Large ones for many rows, whose two warpgroups take turns; then small ones, the last with K shared in a cluster.
+#: Large ones for many rows, whose two warpgroups take turns; then small ones, the last with K shared in a cluster. With
+#: 12 stages all of a small product's weights are there before its rows come.
 TILES = (
     Tile(128, 192, 2, 4, 1), Tile(128, 96, 2, 6, 1), Tile(64, 192, 2, 6, 1), Tile(64, 96, 2, 6, 1),
-    Tile(64, 64, 1, 6, 1), Tile(64, 32, 1, 8, 1), Tile(64, 64, 1, 6, 4),
+    Tile(64, 64, 1, 6, 1), Tile(64, 64, 1, 12, 1), Tile(64, 32, 1, 8, 1), Tile(64, 64, 1, 6, 4), Tile(64, 64, 1, 12, 4),
 )  # fmt: skip
 
 
@@ -58,12 +58,11 @@ class Norm(NamedTuple):
 
 
 MOMENTS = 32  # neighbours in a row that have a mean in common
-_WIDEST_NORM = 1536  # channels whose moments four lanes hold
 
 
 def takes_norm(K: int, tile: Tile | None = None) -> bool:
     """Whether rows of so many channels may come with their moments in place of a norm (for this tile)."""
-    return K % MOMENTS == 0 and K <= _WIDEST_NORM and (tile is None or tile.bn <= 96)
+    return K % (2 * MOMENTS) == 0 and (tile is None or (tile.bm == 64 and tile.bn <= 96))
 
 
 def takes(N: int, K: int, precision: Precision, tile: Tile | None = None) -> bool:
@@ -108,7 +107,8 @@ class Product:
         self._kernel = jit.kernel(tile.kernel, arch=jit.HOPPER, **fixed)
         tiles = -(-M // tile.bm) * -(-N // tile.bn)
         most = jit.multiprocessors(cupy.cuda.device.get_device_id()) * (1 if tile.groups == 2 else 3)
-        self._blocks = tiles * tile.split if tile.split > 1 else min(tiles, most)
+        self._blocks = tiles * tile.split if tile.split > 1 or norm else min(tiles, most)
+        self._threads = tile.threads(norm)
         self._sizes, self._precision, self._tile = (M, N, K), precision.name, tile
 
     def __call__(
@@ -131,7 +131,7 @@ class Product:
         of_a = tensor_maps.rows(a.data.ptr, M, K, self._precision, self._tile.bm)
         of_w = tensor_maps.permuted_rows(w.data.ptr, N, K, self._precision, self._tile.bn)
         self._kernel(
-            self._blocks, self._tile.threads, of_a, of_w, bias, residual, out,
+            self._blocks, self._threads, of_a, of_w, bias, residual, out,
             *(norm[:2] if norm else (None, None)), moments, M, N, K, norm.eps if norm else 0.0,
             shared=self._tile.shared, overlap=overlap,
         )  # fmt: skip

@@ -21,7 +21,7 @@ NAMES = ("norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc
 SHARES = [
     (96, 4, fused_mlp.Plan(2, 48, 4)), (96, 4, fused_mlp.Plan(1, 24, 4)), (128, 4, fused_mlp.Plan(2, 48, 4)),
     (192, 4, fused_mlp.Plan(4, 24, 4)), (192, 4, fused_mlp.Plan(8, 64, 4)), (256, 4, fused_mlp.Plan(8, 64, 4)),
-    (384, 4, fused_mlp.Plan(16, 32, 4)), (96, 2, fused_mlp.Plan(4, 16, 4)), (128, 3, fused_mlp.Plan(4, 32, 4)),
+    (96, 2, fused_mlp.Plan(4, 16, 4)), (128, 3, fused_mlp.Plan(4, 32, 4)),
 ]  # fmt: skip
 
 

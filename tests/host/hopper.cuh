@@ -26,6 +26,11 @@ inline unsigned __shfl_sync(unsigned, unsigned x, int lane) {
     exchange(&x, 1, [&](const unsigned* words) { x = words[lane * 8]; });
     return x;
 }
+inline float __uint_as_float(unsigned bits) {
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
 static float fast_tanh(float x) { return std::tanh(x); }
 template <typename T>
 float gelu_to(float x) { return gelu(x); }
