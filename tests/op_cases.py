@@ -195,20 +195,34 @@ def rounded(x: np.ndarray, precision: Precision) -> np.ndarray:
 
 @contextlib.contextmanager
 def steps_rounded(precision: Precision) -> Iterator[None]:
-    """The reference with every product, norm, activation and softmax rounded to storage: a library's calls in a row."""
+    """The reference with every product, norm, activation and softmax rounded to storage: a library's calls in a row.
+
+    In tf32 what linear layers multiply is rounded, too, to the 10 bits that tensor cores take.
+    """
     names = ("linear", "layer_norm", "gelu", "softmax")
     kept = {name: getattr(reference, name) for name in names}
 
     def step(f: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
         return lambda *args, **kwargs: rounded(f(*args, **kwargs), precision)
 
+    def product(x: np.ndarray, weight: np.ndarray, *rest: Any) -> np.ndarray:
+        if precision.name == "tf32":
+            x, weight = ten_bits(x), ten_bits(weight)
+        return kept["linear"](x, weight, *rest)
+
     try:
         for name in names:
-            setattr(reference, name, step(kept[name]))
+            setattr(reference, name, step(product if name == "linear" else kept[name]))
         yield
     finally:
         for name in names:
             setattr(reference, name, kept[name])
+
+
+def ten_bits(x: Any) -> Any:
+    """x with 10 bits of mantissa, rounded to nearest; of NumPy or CuPy."""
+    bits = x.astype(np.float32).view(np.uint32)
+    return ((bits + 0x1000) & 0xFFFFE000).view(np.float32).astype(np.float64)
 
 
 def distance(x: np.ndarray, want: np.ndarray) -> float:

@@ -19,10 +19,11 @@ EPS = 1e-5
 
 
 @pytest.fixture(autouse=True)
-def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with emulator.installed():  # which has two multiprocessors, so that there is more than one round
-        monkeypatch.setattr(jit, "compute_capability", lambda: 90)
-        yield
+def host() -> Iterator[None]:
+    # which has two multiprocessors, so that there is more than one round
+    with emulator.installed(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jit, "compute_capability", lambda: 90)
+        yield  # what a test changes is changed back before this is
 
 
 def draw(rng: np.random.Generator, *shape: int, scale: float = 1.0, mean: float = 0.0) -> np.ndarray:

@@ -17,11 +17,11 @@ FP16, BF16 = precisions.of("fp16"), precisions.of("bf16")
 
 
 @pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with emulator.installed():
-        monkeypatch.setattr(jit, "compute_capability", lambda: 90)
-        monkeypatch.setattr(jit, "multiprocessors", lambda device: 132)
-        yield
+def hopper() -> Iterator[None]:
+    with emulator.installed(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jit, "compute_capability", lambda: 90)
+        patch.setattr(jit, "multiprocessors", lambda device: 132)
+        yield  # what a test changes is changed back before this is
 
 
 def draw(rng: np.random.Generator, *shape: int) -> np.ndarray:

@@ -147,7 +147,7 @@ def gemm(
 
 def gives_moments(M: int, N: int, K: int, precision: Precision) -> bool:
     """Whether a product comes with the moments of its rows, on CuPy's current device, and is better for it."""
-    return M * N <= _FEW_NUMBERS and wgmma.takes(N, K, precision)
+    return M * N <= _FEW_NUMBERS and wgmma.takes(N, K, precision) and wgmma.takes_norm(N)
 
 
 def takes_norm(N: int, K: int, precision: Precision) -> bool:
