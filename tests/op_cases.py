@@ -205,10 +205,10 @@ def steps_rounded(precision: Precision) -> Iterator[None]:
     def step(f: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
         return lambda *args, **kwargs: rounded(f(*args, **kwargs), precision)
 
-    def product(x: np.ndarray, weight: np.ndarray, *rest: Any) -> np.ndarray:
+    def product(x: np.ndarray, weight: np.ndarray, *rest: Any, **options: Any) -> np.ndarray:
         if precision.name == "tf32":
             x, weight = ten_bits(x), ten_bits(weight)
-        return kept["linear"](x, weight, *rest)
+        return kept["linear"](x, weight, *rest, **options)
 
     try:
         for name in names:
