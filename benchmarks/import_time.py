@@ -1,8 +1,8 @@
-"""How long ``import swincupy`` takes beyond ``import numpy``.
+"""How long ``import swincupy`` takes, what it offers, and ``import numpy``.
 
     python benchmarks/import_time.py
 
-Each figure is the median of fresh processes, the two imports taking turns; bytecode caches are warm, as they
+Each figure is the median of fresh processes, the imports taking turns; bytecode caches are warm, as they
 are for anyone who imports the package a second time.
 """
 
@@ -13,28 +13,26 @@ import statistics
 import subprocess
 import sys
 
-TIMER = "import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
+TIMER = "import time; t = time.perf_counter(); {statement}; print(time.perf_counter() - t)"
 
 
-def seconds(module: str) -> float:
-    """Wall time of importing ``module`` in a process of its own, the interpreter's start not included."""
+def seconds(statement: str) -> float:
+    """Wall time of a statement in a process of its own, the interpreter's start not included."""
     run = subprocess.run(
-        [sys.executable, "-c", TIMER.format(module=module)], check=True, capture_output=True, text=True
+        [sys.executable, "-c", TIMER.format(statement=statement)], check=True, capture_output=True, text=True
     )
     return float(run.stdout)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", type=int, default=15, help="processes for each of the two imports")
+    parser.add_argument("--processes", type=int, default=15, help="processes for each")
     count = parser.parse_args().processes
-    seconds("swincupy")  # writes the bytecode, warms the disk cache
-    pairs = [(seconds("numpy"), seconds("swincupy")) for _ in range(count)]
-    numpy, swincupy = (statistics.median(column) for column in zip(*pairs, strict=True))
-    print(
-        f"import numpy {numpy * 1e3:.0f} ms, import swincupy {swincupy * 1e3:.0f} ms: "
-        f"{(swincupy - numpy) * 1e3:.0f} ms beyond numpy (median of {count} processes)"
-    )
+    statements = ("import numpy", "import swincupy", "from swincupy import load")
+    seconds(statements[-1])  # writes the bytecode, warms the disk cache
+    turns = [[seconds(statement) for statement in statements] for _ in range(count)]
+    for statement, taken in zip(statements, zip(*turns, strict=True), strict=True):
+        print(f"{statement}: {statistics.median(taken) * 1e3:.0f} ms (median of {count} processes)")
 
 
 if __name__ == "__main__":
