@@ -256,7 +256,8 @@ def _window_and_shift(rule: str | None, window: Pair, grid: Pair) -> tuple[Pair,
     if rule == "axis":
         return (min(wh, h), min(ww, w)), (0 if h <= wh else shift[0], 0 if w <= ww else shift[1])
     if rule == "height":
-        return (min(wh, h), min(ww, h)), (0, 0) if h <= wh else shift
+        wh, ww = clamped = min(wh, h), min(ww, h)
+        return clamped, (0, 0) if h <= window[0] else (wh // 2, ww // 2)
     if rule == "padded":
         return window, (0 if h <= wh else shift[0], 0 if w <= ww else shift[1])
     return window, shift

@@ -133,8 +133,8 @@ def test_any_configuration_takes_any_size(config: SwinConfig, batch: int, size: 
 
     def close(got: Any, want: Any) -> None:
         assert got.dtype == np.float32 and want.dtype == np.float64 and np.isfinite(got).all()
-        # As a whole: a token of a few channels that hardly differ is blown up by its norm, whatever rounds.
-        assert got.shape == want.shape and np.linalg.norm(got - want) <= 1e-4 * max(1.0, np.linalg.norm(want))
+        # As a whole: a token of a few channels that hardly differ is blown up by its norm, V2's cosines by their scale.
+        assert got.shape == want.shape and np.linalg.norm(got - want) <= 1e-3 * max(1.0, np.linalg.norm(want))
 
     logits = single(x)
     assert logits.shape == (batch, config.num_classes)

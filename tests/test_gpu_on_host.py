@@ -126,7 +126,7 @@ def test_norms_are_part_of_products(name: str, graphs: bool, monkeypatch: pytest
 
     monkeypatch.setattr(jit, "kernel", kernel)
     monkeypatch.setattr(jit, "compute_capability", lambda: 90)
-    config = CONFIG.replace(embed_dim=32)
+    config = CONFIG.replace(embed_dim=64)
     model, want = make(config, name, graphs=graphs), exact(config)
     for shape in ((2, 3, 16, 16), (1, 3, 18, 27)):
         x = images(*shape)
