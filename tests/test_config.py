@@ -197,11 +197,12 @@ def test_stage_geometry(fields: dict[str, Any], size: tuple[int, int], want: lis
 @pytest.mark.parametrize("size", [(1, 1), (3, 500), (20, 20)])
 def test_there_is_always_a_window(source: str, img_size: Any, size: tuple[int, int]) -> None:
     """Also where rounding down leaves no token of the size that a model was built for."""
-    config = SwinConfig(img_size=img_size).with_conventions(source)
-    for clamp in ("min", "axis", "height", "padded", "never"):
-        for g in stage_geometry(config.replace(window_clamp=clamp), *size):
-            assert min(*g.grid, *g.window) >= 1
-            assert all(0 <= s < m for s, m in zip(g.shift, g.window, strict=True))
+    for window in (7, (1, 4), (9, 2)):
+        config = SwinConfig(img_size=img_size, window_size=(window,) * 4).with_conventions(source)
+        for clamp in ("min", "axis", "height", "padded", "never"):
+            for g in stage_geometry(config.replace(window_clamp=clamp), *size):
+                assert min(*g.grid, *g.window) >= 1
+                assert all(0 <= s < m for s, m in zip(g.shift, g.window, strict=True))
 
 
 @pytest.mark.parametrize(
