@@ -2,8 +2,9 @@
 
     python benchmarks/shipped.py [--seconds 500] [--precision fp16 bf16] [--model NAME:BATCH,BATCH ...]
 
-As `swincupy tune`, without CUTLASS, whose kernels take a user seconds to compile. What the file has for this GPU
-is kept; products that it has already are not measured again, so that a run that was cut off can be gone on with.
+As `swincupy tune`, without CUTLASS, whose kernels take a user seconds to compile. What the file has of this GPU with
+this driver, library and these kernels is not measured again, so that a run that was cut off can be gone on with. What
+it has of this GPU with others is dropped, what it has of other GPUs is kept.
 """
 
 from __future__ import annotations
