@@ -3,8 +3,8 @@
     python benchmarks/sanitize.py ops | forward [--precision fp16 ...] [--own-products]
 
 Memory comes from cudaMalloc, an array at a time: in a pool an access beyond an array's end hits another one.
-With --own-products, nothing runs on cuBLASLt: initcheck does not see what its kernels write by bulk copies, and
-racecheck takes what they order by barriers for races.
+Products run on the first kernel that fits, without a search. With --own-products, nothing runs on cuBLASLt: initcheck
+does not see what its kernels write by bulk copies, and racecheck takes what they order by barriers for races.
 """
 
 from __future__ import annotations
@@ -38,24 +38,23 @@ def main() -> None:
 
     cupy.cuda.set_allocator(None)
     backend.Slabs = lambda allocate: allocate  # type: ignore[assignment,misc]
-    if args.own_products:
-        leave_out_cublaslt()
+    choose(args.own_products)
     for name in args.precision:
         {"ops": operations, "forward": forward}[args.what](name)
         cupy.cuda.Device().synchronize()
         print(f"{args.what} in {name}: done", flush=True)
 
 
-def leave_out_cublaslt() -> None:
-    """Products by the kernels of ``cuda/`` alone, the first that fits, without a search."""
+def choose(own: bool) -> None:
+    """Products by the first kernel that fits, of cuBLASLt or of ``cuda/``: a search would run hundreds."""
     of_all = gemm.choices
 
-    def ours(problem: gemm.Problem, algorithms: int, tiles: Any) -> Any:
-        tiles = tiles or (*gemm.likely(problem), gemm.TILES[1])
-        found = of_all(problem, 1, tiles)
-        return [c for c in found if not isinstance(c, bytes)][:1] or found  # a width that our tiles do not take
+    def first(problem: gemm.Problem, algorithms: int, tiles: Any) -> Any:
+        found = of_all(problem, 1, tiles or (*gemm.likely(problem), gemm.TILES[1]))
+        ours = [c for c in found if not isinstance(c, bytes)]  # empty for a width that our tiles do not take
+        return (ours if own and ours else found)[:1]
 
-    gemm.choices = ours
+    gemm.choices = first
 
 
 def operations(name: str) -> None:

@@ -80,3 +80,21 @@ DEVICE void exponentiate(float (&s)[HALF_KEYS], unsigned (&p)[4][4], float (&sum
         for (int e = 0; e < 4; ++e)
             p[k][e] = 8 * k + 2 * e < HALF_KEYS ? round2<T>(s[8 * k + 2 * e], s[8 * k + 2 * e + 1]) : 0;
 }
+
+// result = p v of 64 rows of v; sum becomes the reciprocal of the whole row's, by which result is still to be multiplied.
+template <typename T>
+DEVICE void weigh(float (&result)[16], const unsigned (&p)[4][4], unsigned long long v, float (&sum)[2]) {
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {  // 16 rows of v a step
+        if (k == 0)
+            wgmma_first<T, 1>(result, p[k], v);
+        else
+            wgmma<T, 1>(result, p[k], v + k * (16 * 64 / 16));
+    }
+    wgmma_commit();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) sum[r] = __fdividef(1.0f, warp_sum<4>(sum[r]));
+    wgmma_wait<0>();
+    hold(result);
+}

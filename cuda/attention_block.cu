@@ -409,23 +409,8 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP* GROUPS, 1) __cluster_dim
             unsigned p[4][4];
             exponentiate<scalar_t>(s, p, sum);
             float result[16];
-            {
-                const unsigned long long b = tile_at(kv + SLAB);
-                wgmma_fence();
-#pragma unroll
-                for (int k = 0; k < 4; ++k) {  // 16 rows of v a step
-                    if (k == 0)
-                        wgmma_first<scalar_t, 1>(result, p[k], b);
-                    else
-                        wgmma<scalar_t, 1>(result, p[k], b + k * (16 * 64 / 16));
-                }
-                wgmma_commit();
-            }
+            weigh<scalar_t>(result, p, tile_at(kv + SLAB), sum);
             if constexpr (KV_BUFFERS == 2) kv = 2 * (KV_AT + group * 2 * KV) + KV - kv;
-#pragma unroll
-            for (int r = 0; r < 2; ++r) sum[r] = __fdividef(1.0f, warp_sum<4>(sum[r]));
-            wgmma_wait<0>();
-            hold(result);
 #pragma unroll
             for (int e = 0; e < 8; ++e)
                 o[2 * i + e / 4][e % 4] = round2<scalar_t>(result[2 * e] * sum[e % 2], result[2 * e + 1] * sum[e % 2]);

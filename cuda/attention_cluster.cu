@@ -273,22 +273,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP, 1) __cluster_dims__(HEAD
     unsigned p[4][4];
     exponentiate<scalar_t>(s, p, sum);
     float result[16];
-    {
-        const unsigned long long b = tile_at(KV_AT + SLAB);
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {  // 16 rows of v a step
-            if (k == 0)
-                wgmma_first<scalar_t, 1>(result, p[k], b);
-            else
-                wgmma<scalar_t, 1>(result, p[k], b + k * (16 * 64 / 16));
-        }
-        wgmma_commit();
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) sum[r] = __fdividef(1.0f, warp_sum<4>(sum[r]));
-    wgmma_wait<0>();
-    hold(result);
+    weigh<scalar_t>(result, p, tile_at(KV_AT + SLAB), sum);
 
     // ---- the head's result to all blocks that have a row in their half; its columns 8 j + 2 t + .. become neighbours
     cluster_wait();

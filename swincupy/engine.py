@@ -10,13 +10,16 @@ import threading
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from swincupy import forward, jit
+from swincupy import forward
 from swincupy.config import SwinConfig
 from swincupy.parameters import fold, plan
+
+if TYPE_CHECKING:
+    from swincupy import jit
 
 Array = Any
 Floats: TypeAlias = tuple[float, ...]
@@ -221,7 +224,7 @@ class _Replay:
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._lock = threading.Lock()
         self._done = cupy.cuda.Event(disable_timing=True)
-        self._launches = dict[tuple[int, int, bool], jit.Launch]()
+        self._launches: dict[tuple[int, int, bool], jit.Launch] = {}
         grown: list[int] = []
 
         def allocate(size: int) -> Any:
@@ -297,6 +300,8 @@ class _Replay:
         if key in self._launches:
             self._launches[key].again(pixels)
             return
+        from swincupy import jit
+
         with jit.recorded() as launches:
             self._patches(pixels, out=self._input[:batch])
         if len(launches) == 1 and (launch := launches[0].without(pixels)) is not None:
