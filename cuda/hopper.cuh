@@ -195,6 +195,22 @@ DEVICE uint2 load_now8(const void* p) {
     return x;
 }
 
+// 16 bytes of global memory where `yes`, else zeros, and to it: without branches, so that those of a loop overlap.
+DEVICE uint4 load_if(bool yes, const void* p) {
+    uint4 x;
+    asm volatile(
+        "{\n.reg .pred yes;\nsetp.ne.b32 yes, %5, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
+        "@yes ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+        : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
+        : "l"(p), "r"(int(yes)));
+    return x;
+}
+DEVICE void store_if(bool yes, void* p, uint4 x) {
+    asm volatile(
+        "{\n.reg .pred yes;\nsetp.ne.b32 yes, %5, 0;\n@yes st.global.v4.u32 [%4], {%0, %1, %2, %3};\n}" ::"r"(x.x),
+        "r"(x.y), "r"(x.z), "r"(x.w), "l"(p), "r"(int(yes)));
+}
+
 // ---------------------------------------------------------------- registers
 
 template <int N>

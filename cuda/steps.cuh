@@ -2,13 +2,38 @@
 #pragma once
 #include "hopper.cuh"
 
-// Of 32 numbers, eight in each of four neighbouring lanes: their mean, and the sum of their squared deviations from it.
-DEVICE float2 moments_of_four(const float (&z)[8]) {
+// Eight numbers of global memory where `yes`, else zeros, and to it, as load_if and store_if have it.
+template <typename T>
+DEVICE void load_eight_if(bool yes, const T* p, float (&x)[8]) {
+    constexpr int N = 16 / sizeof(T);
+#pragma unroll
+    for (int k = 0; k < 8; k += N) {
+        Pack<T, N> pack;
+        pack.word = load_if(yes, p + k);
+#pragma unroll
+        for (int e = 0; e < N; ++e) x[k + e] = to_float(pack.v[e]);
+    }
+}
+template <typename T>
+DEVICE void store_eight_if(bool yes, T* p, const float (&x)[8]) {
+    constexpr int N = 16 / sizeof(T);
+#pragma unroll
+    for (int k = 0; k < 8; k += N) {
+        Pack<T, N> pack;
+#pragma unroll
+        for (int e = 0; e < N; ++e) pack.v[e] = from_float<T>(x[k + e]);
+        store_if(yes, p + k, pack.word);
+    }
+}
+
+// Of 4 N numbers, N in each of four neighbouring lanes: their mean, and the sum of their squared deviations from it.
+template <int N>
+DEVICE float2 moments_of_four(const float (&z)[N]) {
     float total = 0, squares = 0;
 #pragma unroll
-    for (int e = 0; e < 8; ++e) total += z[e];
-    const float mean = warp_sum<4>(total) * (1.0f / 32);
+    for (int e = 0; e < N; ++e) total += z[e];
+    const float mean = warp_sum<4>(total) * (1.0f / (4 * N));
 #pragma unroll
-    for (int e = 0; e < 8; ++e) squares = fmaf(z[e] - mean, z[e] - mean, squares);
+    for (int e = 0; e < N; ++e) squares = fmaf(z[e] - mean, z[e] - mean, squares);
     return make_float2(mean, warp_sum<4>(squares));
 }

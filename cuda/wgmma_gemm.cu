@@ -2,57 +2,56 @@
 //              NORM: (a[m, k] - mean_m) / deviation_m in place of a[m, k], the row's without affine part
 // shapes       a [M, K], w [N, K] by their tensor maps; bias [N] scalar_t or null; residual, out [M, N] scalar_t;
 //              residual may be null or out, and is null where GELU or NORM; everything on 16 bytes.
-//              moments_of_a [M, K / 32] and, written where MOMENTS, moments [M, N / 32]: mean and sum of squared
-//              deviations from it of 32 neighbours in a row; sums_of_w [N] float: of each row of w
+//              moments_of_a [M, groups] and, written where MOMENTS, moments [M, N / MOMENTS]: mean and sum of squared
+//              deviations from it of K / groups and MOMENTS neighbours in a row; sums_of_w [N] float: of each row of w
 // math         products on tensor cores, of float in tf32; fp32 sums, which begin at bias + residual. The norm comes
 //              after the product: sum_k (a - mean) / deviation w = (sum_k a w - mean sum_k w) / deviation
 // grid         a tile [BM, BN] of out after the other, those of a row side by side; GROUPS warpgroups multiply, in turns:
-//              one stores while the other multiplies. One warp fetches. With SPLIT > 1 the blocks of a cluster share a
-//              tile's K and add up their parts in order. Shared memory: Tile.shared in ops/wgmma.py
+//              one stores while the other multiplies; or, where a tile is too large for one, half of its rows each.
+//              One warp fetches, others take the norms of a's rows. With SPLIT > 1 the blocks of a cluster share a tile's
+//              K and add up their parts in order. Shared memory: Tile.shared in ops/wgmma.py
 // constants    scalar_t = float | __half | __nv_bfloat16; BM = 64 or 128, BN = 32, 64, 96, 128, 192 or 256; GROUPS = 1 or 2;
 //              STAGES >= 2; SPLIT = 1, 2, 4 or 8, which divides BM BN / 1024, and then GROUPS == 1 and BM == 64; GELU;
-//              NORM: BM = 64, BN <= 96, K % 64 == 0, a tile a block; MOMENTS. N % 32 == 0, the bytes of K are a multiple of 16
+//              NORM: an even number of groups, and GROUPS = 2 or BN <= 96; MOMENTS = 0 (none) or what divides BN and N, 32
+//              where SPLIT > 1. N % 32 == 0, the bytes of K are a multiple of 16
 // arch, bound  sm_90a only; memory-bound for K < 300, then L2 or tensor cores
 #include "steps.cuh"
 
 constexpr int SLAB = 128, BK = SLAB / sizeof(scalar_t);  // bytes and elements of k that a stage holds of each row
 constexpr int STAGE = (BM + BN) * SLAB, MULTIPLIERS = GROUPS * WARPGROUP;
 // Two groups take the registers of the fetching warps, which can be given a warpgroup at a time.
-constexpr int THREADS = MULTIPLIERS + (GROUPS == 2 ? WARPGROUP : NORM ? 2 * WARP : WARP);
-constexpr int TALL = BM / 64, COLUMNS = BN / 32;  // products of 64 rows on top of each other, groups of 32 columns
-constexpr int UNITS = TALL * COLUMNS * 2;         // pieces of eight sums of a thread, neighbours in a row of out
+constexpr int THREADS = MULTIPLIERS + (GROUPS == 2 ? WARPGROUP : NORM ? 3 * WARP : WARP);
+constexpr bool TURNS = GROUPS == 2 && BM * BN <= 128 * 192;
+constexpr int SHARERS = TURNS ? 1 : GROUPS,
+              STEPS = TURNS ? 2 : 1;               // groups of a tile; tiles from a group's to its next
+constexpr int WARPS = SHARERS * WARPGROUP / WARP;  // that multiply a tile
+constexpr int TALL = BM / 64 / SHARERS,
+              COLUMNS = BN / 32;           // a group's products of 64 rows on top of each other, 32 columns
+constexpr int UNITS = TALL * COLUMNS * 2;  // pieces of eight sums of a thread, neighbours in a row of out
 constexpr int BLOCKS = GROUPS == 2 || TALL * BN > 128 ? 1 : TALL * BN > 64 || NORM ? 2 : 3;
-static_assert(SPLIT == 1 || (GROUPS == 1 && TALL == 1 && UNITS % SPLIT == 0));
-static_assert(!NORM || (TALL == 1 && COLUMNS <= 3), "what a norm needs is in registers");
-constexpr unsigned NORMS = 15;  // the barrier for them
+static_assert(SPLIT == 1 || (GROUPS == 1 && TALL == 1 && UNITS % SPLIT == 0 && MOMENTS <= 32));
+constexpr int NORM_WARPS = 2, NEIGHBOURS = MOMENTS ? MOMENTS : 32;
+static_assert(BN % NEIGHBOURS == 0);
 // Of a tile whose K is shared each block finishes EACH pieces, of which the others' parts come to RECEIVED.
 constexpr int EACH = UNITS / SPLIT, RECEIVED = STAGES * STAGE, RECEIVED_BYTES = (SPLIT - 1) * EACH * 32 * WARPGROUP;
 
-// Of a lane's two rows of a, 1 / deviation and -mean / deviation, from the moments of each 32 of their K numbers.
-DEVICE void norms(const float2* moments, const int (&row)[2], int K, float eps, float2 (&norm)[2]) {
-    float near[2], sum[2] = {0, 0}, squares[2] = {0, 0};
-#pragma unroll 4
-    for (int i = 0; i < K / 64; ++i)
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const uint4 two = load_now(moments + static_cast<size_t>(row[r]) * (K / 32) + 2 * i);
-            const float one = __uint_as_float(two.x), other = __uint_as_float(two.z);
-            if (i == 0) near[r] = one;  // so that little cancels
-            const float a = one - near[r], b = other - near[r];
-            sum[r] += a + b;
-            squares[r] += fmaf(32 * a, a, __uint_as_float(two.y)) + fmaf(32 * b, b, __uint_as_float(two.w));
-        }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        const float apart = __fdividef(32 * sum[r], K), variance = __fdividef(squares[r], K) - apart * apart;
-        norm[r].x = rsqrtf(fmaxf(variance, 0.0f) + eps), norm[r].y = -(near[r] + apart) * norm[r].x;
+// Of a row of a, 1 / deviation and -mean / deviation, from the moments of so many groups of its K numbers.
+DEVICE float2 norm_of(const float2* moments, int groups, int K, float eps) {
+    const float each = __fdividef(K, groups);
+    float near, sum = 0, squares = 0;
+#pragma unroll(GROUPS == 2 ? 2 : 4)
+    for (int i = 0; i < groups; i += 2) {
+        const uint4 two = load_now(moments + i);
+        const float one = __uint_as_float(two.x), other = __uint_as_float(two.z);
+        if (i == 0) near = one;  // so that little cancels
+        const float a = one - near, b = other - near;
+        sum += a + b;
+        squares += fmaf(each * a, a, __uint_as_float(two.y)) + fmaf(each * b, b, __uint_as_float(two.w));
     }
+    const float apart = __fdividef(sum, groups), variance = __fdividef(squares, K) - apart * apart;
+    const float scale = rsqrtf(fmaxf(variance, 0.0f) + eps);
+    return make_float2(scale, -(near + apart) * scale);
 }
-
-// What a norm of a needs of eight columns.
-struct Columns {
-    float sums[8], bias[8];
-};
 
 struct Yes {
     static constexpr bool value = true;
@@ -64,11 +63,14 @@ struct No {
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(SPLIT, 1, 1)
     wgmma_gemm(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap w,
                const scalar_t* __restrict__ bias, const scalar_t* residual, scalar_t* out, const float2* moments_of_a,
-               const float* __restrict__ sums_of_w, float2* moments, int M, int N, int K, float eps) {
+               const float* __restrict__ sums_of_w, float2* moments, int M, int N, int K, int groups, float eps) {
     extern __shared__ __align__(1024) unsigned char smem[];
-    auto* const full = reinterpret_cast<unsigned long long*>(smem + RECEIVED + RECEIVED_BYTES);
-    auto *const empty = full + STAGES, *const received = empty + STAGES;
-    auto* const norms_of_rows = reinterpret_cast<float2*>(received + 1);
+    // What norms need, of two tiles: the sums of w and the bias of their columns, and their rows' norms.
+    auto* const sums_of_columns = reinterpret_cast<float*>(smem + RECEIVED + RECEIVED_BYTES);
+    auto* const norms_of_rows = reinterpret_cast<float2*>(sums_of_columns + 2 * 2 * BN);
+    auto* const full = reinterpret_cast<unsigned long long*>(norms_of_rows + 2 * BM);
+    auto *const empty = full + STAGES, *const received = empty + STAGES, *const normed = received + 1,
+                *const used = normed + 2;
     const unsigned thread = threadIdx.x % WARPGROUP, lane = thread % WARP, part = SPLIT > 1 ? cluster_rank() : 0;
     const unsigned group = __shfl_sync(ALL_LANES, threadIdx.x / WARPGROUP, 0);
     const int tiles_n = ceil_div(N, BN), tiles = ceil_div(M, BM) * tiles_n;  // n runs faster than m
@@ -79,7 +81,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
 
     if (threadIdx.x == 0) {
 #pragma unroll
-        for (int i = 0; i < STAGES; ++i) barrier_init(&full[i], 1), barrier_init(&empty[i], WARPGROUP / WARP);
+        for (int i = 0; i < STAGES; ++i) barrier_init(&full[i], 1), barrier_init(&empty[i], WARPS);
+        if constexpr (NORM)
+            for (int i = 0; i < 2; ++i) barrier_init(&normed[i], NORM_WARPS), barrier_init(&used[i], WARPS);
         if constexpr (SPLIT > 1) barrier_init(received, 1);
         barrier_init_fence();
         if constexpr (SPLIT > 1) barrier_expect(received, RECEIVED_BYTES);
@@ -89,11 +93,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
     let_next_kernel_start();
 
     float sum[TALL][BN / 2], scale[TALL][2], offset[TALL][2];
-    const auto row_of = [&](int t, int h) { return t * 64 + int(thread / WARP) * 16 + int(lane / 4) + h * 8; };
-    const auto columns_at = [&](int n) {
+    const int own = TURNS ? 0 : group * (BM / SHARERS);  // the group's first row of a tile
+    const auto row_of = [&](int t, int h) { return own + t * 64 + int(thread / WARP) * 16 + int(lane / 4) + h * 8; };
+    // What a norm needs of eight columns, from sums_of_columns on.
+    struct Columns {
+        float sums[8], bias[8];
+    };
+    const auto columns_at = [&](const float* sums) {
         Columns of = {};
-        if (NORM && n < N) load<8>(sums_of_w + n, of.sums);
-        if (NORM && n < N && bias) load<8>(bias + n, of.bias);
+        if constexpr (NORM) load<8>(sums, of.sums), load<8>(sums + BN, of.bias);
         return of;
     };
     // Eight sums of row m from column n on become results; a warp's lanes are all in the same 32 columns.
@@ -106,22 +114,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
 #pragma unroll
             for (int e = 0; e < 8; ++e) z[e] = gelu_to<scalar_t>(z[e]);
         }
-        if (m < M) store<8>(out + static_cast<size_t>(m) * N + n, z);
-        if constexpr (MOMENTS) {
-            const float2 of_all = moments_of_four(z);
-            if (m < M && lane % 4 == 0) moments[static_cast<size_t>(m) * (N / 32) + n / 32] = of_all;
-        }
+        store_eight_if(m < M && n < N, out + static_cast<size_t>(m) * N + n, z);
+    };
+    // Moments of what four lanes have of row m, in column n and those after it.
+    const auto give_moments = [&](const float2& of_some, int m, int n) {
+        if (m < M && lane % 4 == 0) moments[static_cast<size_t>(m) * (N / NEIGHBOURS) + n / NEIGHBOURS] = of_some;
     };
     if (threadIdx.x >= MULTIPLIERS) {  // fetches, one thread for all
         if constexpr (GROUPS == 2) give_registers<40>();
         const unsigned helper = threadIdx.x / WARP - MULTIPLIERS / WARP;
-        if (NORM && helper == 1) {  // a warp of its own, which has the time that the products take
-            wait_for_kernels_ahead();
-            const int m0 = m_of(first), rows[2] = {min(m0 + int(lane), M - 1), min(m0 + WARP + int(lane), M - 1)};
-            float2 norm[2];
-            norms(moments_of_a, rows, K, eps, norm);
-            norms_of_rows[lane] = norm[0], norms_of_rows[WARP + lane] = norm[1];
-            named_barrier_arrive<WARPGROUP + WARP>(NORMS);
+        if (NORM && 1 <= helper && helper <= NORM_WARPS) {  // which have the time that the products take
+            const int at = (helper - 1) * WARP + lane;
+            for (int turn = 0, tile = first; tile < tiles; ++turn, tile += step) {
+                if (turn >= 2) barrier_wait(&used[turn % 2], turn / 2 - 1 & 1);
+                float* const sums = sums_of_columns + turn % 2 * (2 * BN);
+                for (int i = at, n; i < BN && (n = n_of(tile) + i) < N; i += NORM_WARPS * WARP)
+                    sums[i] = sums_of_w[n], sums[BN + i] = bias ? to_float(bias[n]) : 0;
+                if (turn == 0) wait_for_kernels_ahead();
+                for (int row = at; row < BM; row += NORM_WARPS * WARP) {
+                    const float2* const of_row =
+                        moments_of_a + static_cast<size_t>(min(m_of(tile) + row, M - 1)) * groups;
+                    norms_of_rows[turn % 2 * BM + row] = norm_of(of_row, groups, K, eps);
+                }
+                __syncwarp();
+                if (lane == 0) barrier_arrive(&normed[turn % 2]);
+            }
         }
         if (threadIdx.x == MULTIPLIERS) {
             prefetch_map(&a), prefetch_map(&w);
@@ -160,27 +177,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
         };
         // A barrier of the ring tells a phase from the next, not from the one after that: turns wait for each other.
         constexpr unsigned TURN = 1 + GROUPS;
-        if (GROUPS == 2 && group == 1) named_barrier_arrive<MULTIPLIERS>(TURN);
-        for (int turn = group, tile = first + group * step; tile < tiles; turn += GROUPS, tile += GROUPS * step) {
+        if (TURNS && group == 1) named_barrier_arrive<MULTIPLIERS>(TURN);
+        const int begin = TURNS ? group : 0;
+        for (int turn = begin, tile = first + begin * step; tile < tiles; turn += STEPS, tile += STEPS * step) {
             const int m0 = m_of(tile), n0 = n_of(tile);
-            Columns columns[COLUMNS];
-            if constexpr (NORM) {  // sums begin at nothing
-#pragma unroll
-                for (int c = 0; c < COLUMNS; ++c) columns[c] = columns_at(n0 + c * 32 + lane % 4 * 8);
-            } else {  // at bias and residual, in one of the parts
+            if constexpr (!NORM) {  // sums begin at bias and residual, in one of the parts
 #pragma unroll
                 for (int c = 0; c < COLUMNS; ++c) {
                     const int n = n0 + c * 32 + lane % 4 * 8;
-                    float b[8] = {};
-                    if (bias && part == 0 && n < N) load<8>(bias + n, b);
+                    const bool begins = part == 0 && n < N;
+                    float b[8];
+                    load_eight_if(bias && begins, bias + n, b);
 #pragma unroll
                     for (int t = 0; t < TALL; ++t)
 #pragma unroll
                         for (int h = 0; h < 2; ++h) {
                             const int m = m0 + row_of(t, h);
                             float r[8] = {};
-                            if (!GELU && residual && part == 0 && m < M && n < N)
-                                load<8>(residual + static_cast<size_t>(m) * N + n, r);
+                            if constexpr (!GELU)
+                                load_eight_if(residual && begins && m < M, residual + static_cast<size_t>(m) * N + n,
+                                              r);
 #pragma unroll
                             for (int e = 0; e < 8; ++e) sum[t][c * 16 + e / 2 * 4 + h * 2 + e % 2] = b[e] + r[e];
                         }
@@ -188,13 +204,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
 #pragma unroll
                 for (int t = 0; t < TALL; ++t) hold(sum[t]);
             }
-            if constexpr (GROUPS == 2) named_barrier<MULTIPLIERS>(TURN + group);
+            if constexpr (TURNS) named_barrier<MULTIPLIERS>(TURN + group);
             int stage = turn * slabs % STAGES;
             unsigned parity = turn * slabs / STAGES % 2;
             const auto multiply = [&](auto first) {
                 barrier_wait(&full[stage], parity);
                 const unsigned char* slab = smem + stage * STAGE;
-                const unsigned long long of_a = descriptor<128>(shared_address(slab));
+                const unsigned long long of_a = descriptor<128>(shared_address(slab + own * SLAB));
                 const unsigned long long of_w = descriptor<128>(shared_address(slab + BM * SLAB));
                 wgmma_fence();
 #pragma unroll
@@ -218,33 +234,62 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
                 wgmma_wait<1>();
                 release(before);
             }
-            if (GROUPS == 2 && tile + step < tiles) named_barrier_arrive<MULTIPLIERS>(TURN + (group ^ 1));
+            if (TURNS && tile + step < tiles) named_barrier_arrive<MULTIPLIERS>(TURN + (group ^ 1));
             wgmma_wait<0>();
 #pragma unroll
             for (int t = 0; t < TALL; ++t) hold(sum[t]);
             __syncwarp();
             release(stage ? stage - 1 : STAGES - 1);
             if constexpr (NORM) {
-                named_barrier<WARPGROUP + WARP>(NORMS);
+                barrier_wait(&normed[turn % 2], turn / 2 & 1);
 #pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    const float2 norm = norms_of_rows[row_of(0, h)];
-                    scale[0][h] = norm.x, offset[0][h] = norm.y;
-                }
+                for (int t = 0; t < TALL; ++t)
+#pragma unroll
+                    for (int h = 0; h < 2; ++h) {
+                        const float2 norm = norms_of_rows[turn % 2 * BM + row_of(t, h)];
+                        scale[t][h] = norm.x, offset[t][h] = norm.y;
+                    }
             }
             if constexpr (SPLIT == 1) {
+                const auto sums_of = [&](int t, int h, int c, auto& z) {  // neighbours in a row, from column group c on
+#pragma unroll
+                    for (int e = 0; e < int(sizeof(z) / sizeof(float)); ++e)
+                        z[e] = sum[t][c * 16 + e / 2 * 4 + h * 2 + e % 2];
+                };
+                const float* const sums = sums_of_columns + turn % 2 * (2 * BN) + lane % 4 * 8;
 #pragma unroll
                 for (int c = 0; c < COLUMNS; ++c) {
                     const int n = n0 + c * 32 + lane % 4 * 8;
-                    if (n >= N) continue;
+                    const Columns of = columns_at(sums + c * 32);
 #pragma unroll
                     for (int t = 0; t < TALL; ++t)
 #pragma unroll
                         for (int h = 0; h < 2; ++h) {
                             float z[8];
+                            sums_of(t, h, c, z);
+                            finish(z, m0 + row_of(t, h), n, scale[t][h], offset[t][h], of);
+                            if constexpr (MOMENTS && (NORM || GELU)) {
 #pragma unroll
-                            for (int e = 0; e < 8; ++e) z[e] = sum[t][c * 16 + e / 2 * 4 + h * 2 + e % 2];
-                            finish(z, m0 + row_of(t, h), n, scale[t][h], offset[t][h], columns[c]);
+                                for (int e = 0; e < 8; ++e) sum[t][c * 16 + e / 2 * 4 + h * 2 + e % 2] = z[e];
+                            }
+                        }
+                }
+                if constexpr (NORM) {
+                    __syncwarp();
+                    if (lane == 0) barrier_arrive(&used[turn % 2]);
+                }
+                if constexpr (MOMENTS) {
+#pragma unroll
+                    for (int c = 0; c < COLUMNS; c += NEIGHBOURS / 32)
+                        if (n0 + c * 32 < N) {
+#pragma unroll
+                            for (int t = 0; t < TALL; ++t)
+#pragma unroll
+                                for (int h = 0; h < 2; ++h) {
+                                    float z[NEIGHBOURS / 4];
+                                    sums_of(t, h, c, z);
+                                    give_moments(moments_of_four(z), m0 + row_of(t, h), n0 + c * 32);
+                                }
                         }
                 }
             }
@@ -292,7 +337,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
 #pragma unroll
                 for (int e = 0; e < 8; ++e) z[e] += p == part ? mine[i][e] : of_p[e];
             }
-            finish(z, m, n, h ? scale[0][1] : scale[0][0], h ? offset[0][1] : offset[0][0], columns_at(n));
+            const Columns of = columns_at(sums_of_columns + n - n_of(first));
+            finish(z, m, n, h ? scale[0][1] : scale[0][0], h ? offset[0][1] : offset[0][0], of);
+            if constexpr (MOMENTS) give_moments(moments_of_four(z), m, n);
         }
     }
 }

@@ -254,7 +254,7 @@ def measured(key: Problem, tiles: tuple[Tiles, ...]) -> tuple[Choice, float, flo
         return cupy.asarray(np.resize(draw, shape)) if wanted else None
 
     def moments(C: int) -> Any:
-        return cupy.ones((key.M, C // wgmma.MOMENTS, 2), np.float32)
+        return cupy.ones((key.M, C // wgmma.neighbours(key.M, C), 2), np.float32)
 
     arrays = (
         array(True, key.M, key.K), array(True, key.N, key.K), array(key.bias, key.N),

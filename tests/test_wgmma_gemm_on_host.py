@@ -47,22 +47,32 @@ CASES = [
     (wgmma.Tile(64, 64, 1, 6, 2), (65, 64, 200), "fp16", ("bias", "gelu")),
     (wgmma.Tile(64, 32, 1, 8, 1), (1, 32, 8), "fp16", ("bias",)),
     (wgmma.Tile(64, 96, 2, 3, 1), (200, 96, 132), "tf32", ("bias", "gelu")),
-    (wgmma.Tile(64, 96, 2, 3, 1), (333, 160, 128), "fp16", ("norm", "bias", "gelu")),
+    (wgmma.Tile(64, 96, 2, 3, 1), (333, 160, 192), "fp16", ("norm", "bias", "gelu")),
     (wgmma.Tile(64, 64, 1, 6, 1), (70, 96, 448), "fp16", ("norm",)),
     (wgmma.Tile(64, 64, 1, 3, 4), (70, 64, 512), "fp16", ("norm", "bias", "moments")),
-    (wgmma.Tile(64, 96, 2, 2, 1), (300, 160, 64), "fp16", ("bias", "residual", "moments")),
-    (wgmma.Tile(64, 64, 1, 3, 4), (70, 96, 520), "fp16", ("residual", "moments")),
+    (wgmma.Tile(64, 96, 2, 2, 1), (300, 192, 64), "fp16", ("bias", "residual", "moments")),
+    (wgmma.Tile(64, 64, 1, 3, 4), (70, 128, 520), "fp16", ("residual", "moments")),
+    (wgmma.Tile(128, 192, 2, 2, 1), (700, 416, 192), "fp16", ("norm", "bias", "gelu")),
+    (wgmma.Tile(128, 192, 2, 2, 1), (300, 384, 64), "fp16", ("bias", "residual", "moments")),
+    (wgmma.Tile(128, 256, 2, 2, 1), (333, 512, 200), "fp16", ("bias", "residual", "moments")),
+    (wgmma.Tile(128, 256, 2, 2, 1), (700, 352, 512), "fp16", ("norm", "bias")),
+    (wgmma.Tile(128, 256, 2, 2, 1), (130, 256, 200), "tf32", ("bias", "gelu")),
+    (wgmma.Tile(64, 96, 2, 2, 1), (200, 192, 256), "fp16", ("norm", "bias", "gelu", "moments")),
 ]
 
 
-def moments_of(x: np.ndarray) -> np.ndarray:
-    """Mean and sum of squared deviations of each 32 neighbours in a row: [M, C / 32, 2]."""
-    parts = x.reshape(len(x), -1, 32)
-    return np.stack([parts.mean(axis=2), parts.var(axis=2) * 32], axis=2)
+def moments_of(x: np.ndarray, width: int) -> np.ndarray:
+    """Mean and sum of squared deviations of so many neighbours in a row: [M, C / width, 2]."""
+    parts = x.reshape(len(x), -1, width)
+    return np.stack([parts.mean(axis=2), parts.var(axis=2) * width], axis=2)
 
 
 @pytest.mark.parametrize(("tile", "size", "name", "parts"), CASES, ids=str)
-def test_wgmma_gemm(tile: wgmma.Tile, size: tuple[int, int, int], name: str, parts: tuple[str, ...]) -> None:
+def test_wgmma_gemm(
+    monkeypatch: pytest.MonkeyPatch, tile: wgmma.Tile, size: tuple[int, int, int], name: str, parts: tuple[str, ...]
+) -> None:
+    if tile.groups == 2:
+        monkeypatch.setattr(wgmma, "_FEW", 0)  # rows count as many
     (M, N, K), precision, rng = size, precisions.of(name), np.random.default_rng()
     shapes = {"a": (M, K), "w": (N, K), "bias": (N,), "residual": (M, N)}
     x: dict[str, Any] = {
@@ -70,14 +80,16 @@ def test_wgmma_gemm(tile: wgmma.Tile, size: tuple[int, int, int], name: str, par
         for k in ("a", "w", *parts) if k in shapes
     }  # fmt: skip
     out = emulator.asarray(np.full((M + 1, N), np.nan, precision.storage))
-    moments = emulator.asarray(np.full((M + 1, N // 32, 2), np.nan, np.float32))
+    moments = emulator.asarray(np.full((M + 1, N // (wgmma.neighbours(M, N) or N), 2), np.nan, np.float32))
     exact = {k: np.asarray(v, np.float64) for k, v in x.items()}
     norm = None
     if "norm" in parts:
         x["a"][...] = 3 + x["a"] * rng.uniform(0.5, 2, (M, 1))  # rows have a mean, and deviations of their own
         exact["a"] = np.asarray(x["a"], np.float64)
         sums = emulator.asarray(exact["w"].sum(axis=1).astype(np.float32))
-        norm = wgmma.Norm(emulator.asarray(moments_of(exact["a"]).astype(np.float32)), sums, 1e-5)
+        norm = wgmma.Norm(
+            emulator.asarray(moments_of(exact["a"], wgmma.neighbours(M, K)).astype(np.float32)), sums, 1e-5
+        )
         exact["a"] = reference.layer_norm(exact["a"], np.ones(K), np.zeros(K))
     product = wgmma.Product(
         M, N, K, precision, gelu="gelu" in parts, norm="norm" in parts, moments="moments" in parts, tile=tile
@@ -88,5 +100,6 @@ def test_wgmma_gemm(tile: wgmma.Tile, size: tuple[int, int, int], name: str, par
     assert np.linalg.norm(np.asarray(out[:M], np.float64) - want) <= precision.tolerance * np.linalg.norm(want)
     assert np.isnan(out[M]).all(), "wrote past the last row"
     if "moments" in parts:
-        np.testing.assert_allclose(moments[:M], moments_of(want), rtol=1e-2, atol=1e-2)
+        of_rows = moments_of(want, wgmma.neighbours(M, N))
+        np.testing.assert_allclose(moments[:M], of_rows, rtol=1e-2, atol=1e-2)
         assert np.isnan(moments[M]).all(), "wrote past the last row"

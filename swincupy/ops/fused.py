@@ -21,7 +21,7 @@ from swincupy.errors import InputError
 from swincupy.ops import attention, fused_attention, fused_mlp, kernels
 from swincupy.ops.gemm import gemm, gives_moments, takes_norm
 from swincupy.ops.reference import PadMode, Pair
-from swincupy.ops.wgmma import MOMENTS, Norm
+from swincupy.ops.wgmma import Norm, neighbours
 from swincupy.precision import Precision
 
 Array = Any
@@ -532,12 +532,13 @@ class Fused:
         ).reshape(*x.shape[:-1], N)
         return self._remember(y, given)
 
-    def _moments(self, M: int, N: int, K: int) -> Array | None:
-        """Where a product's may be written; None where it does not give them."""
+    def _moments(self, M: int, N: int, K: int, groups: int | None = None) -> Array | None:
+        """Where a product's may be written, or those of so many groups in a row; None where it does not give them."""
         import cupy
 
-        wanted = gives_moments(M, N, K, self.precision)
-        return cupy.empty((M, N // MOMENTS, 2), np.float32) if wanted else None
+        if not gives_moments(M, N, K, self.precision):
+            return None
+        return cupy.empty((M, groups or N // neighbours(M, N), 2), np.float32)
 
     def _remember(self, y: Array, moments: Array | None) -> Array:
         """The result, which has these moments."""
@@ -602,7 +603,7 @@ class Fused:
             given, M = None, B * H * W
             alone = not fused_mlp.takes(C, 4 * C, self.precision, M)  # the norm that follows is not part of one kernel
             if folded is not None and alone and fused_attention.gives_moments(C):
-                given = self._moments(M, C, C)
+                given = self._moments(M, C, C, num_heads)
             where: dict[str, Any] = {"window": window, "shift": shift, "moments": given}
             return self._remember(fused_attention.attention_block(x, packed, bias.block, **where, **norm), given)
         y, normed = x, None

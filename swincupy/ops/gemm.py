@@ -107,7 +107,7 @@ def gemm(
         Where the result is written; may be ``residual``.
     norm : wgmma.Norm, optional
         The moments of a's rows, and the sums of w's. Where `takes_norm` only, and without ``residual``.
-    moments : [M, N / 32, 2] float32, optional
+    moments : [M, N / wgmma.neighbours(M, N), 2] float32, optional
         Where those of the result are written. Where `gives_moments` only.
     overlap : bool
         No kernel that is under way writes w: it may be read before they are done.
@@ -147,7 +147,7 @@ def gemm(
 
 def gives_moments(M: int, N: int, K: int, precision: Precision) -> bool:
     """Whether a product comes with the moments of its rows, on CuPy's current device, and is better for it."""
-    return M * N <= _FEW_NUMBERS and wgmma.takes(N, K, precision) and wgmma.takes_norm(N)
+    return wgmma.neighbours(M, N) > 0 and wgmma.takes(N, K, precision)
 
 
 def takes_norm(N: int, K: int, precision: Precision) -> bool:
@@ -156,7 +156,6 @@ def takes_norm(N: int, K: int, precision: Precision) -> bool:
 
 
 _FEW_ROWS = 256  # of which most of the time goes to weights that no cache holds
-_FEW_NUMBERS = 1 << 18  # of more, a norm costs less than what it saves others from, and cuBLASLt's products win
 
 
 def _check(
@@ -254,6 +253,7 @@ def choices(problem: Problem, algorithms: int, tiles: tuple[Tiles, ...]) -> list
     p, precision = problem, precisions.of(problem.precision)
     if p.norm or p.moments:
         fit = [t for t in tiles if isinstance(t, wgmma.Tile) and wgmma.takes(p.N, p.K, precision, t)]
+        fit = [t for t in fit if not p.moments or wgmma.gives_moments(p.M, p.N, t)]
         return [t for t in fit if not p.norm or wgmma.takes_norm(p.K, t)]
     found: list[Choice] = [*_product(problem).algorithms(algorithms)]
     unit = 16 // precision.storage.itemsize

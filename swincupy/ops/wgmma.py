@@ -33,36 +33,49 @@ class Tile(NamedTuple):
 
     @property
     def shared(self) -> int:
-        """Bytes of dynamic shared memory: the ring, other blocks' parts of sums, barriers and the norms of 64 rows."""
+        """Bytes of dynamic shared memory: the ring, others' parts of sums, barriers, what norms need of two tiles."""
         ring = self.stages * ((self.bm + self.bn) * tensor_maps.SLAB + 16)
-        return ring + self.bm * self.bn * 4 * (self.split - 1) // self.split + 8 + 64 * 8
+        return ring + self.bm * self.bn * 4 * (self.split - 1) // self.split + 5 * 8 + 2 * (self.bm + self.bn) * 8
 
     def threads(self, norm: bool) -> int:
-        return 384 if self.groups == 2 else 192 if norm else 160
+        return 384 if self.groups == 2 else 224 if norm else 160
 
 
-#: Large ones for many rows, whose two warpgroups take turns; then small ones, the last with K shared in a cluster. With
-#: 12 stages all of a small product's weights are there before its rows come.
+#: Large ones for many rows, whose two warpgroups take turns or, of the largest, half each; then small ones, the last
+#: with K shared in a cluster. With 12 stages all of a small product's weights are there before its rows come.
 TILES = (
-    Tile(128, 192, 2, 4, 1), Tile(128, 96, 2, 6, 1), Tile(64, 192, 2, 6, 1), Tile(64, 96, 2, 6, 1),
-    Tile(64, 64, 1, 6, 1), Tile(64, 64, 1, 12, 1), Tile(64, 32, 1, 8, 1), Tile(64, 64, 1, 6, 4), Tile(64, 64, 1, 12, 4),
+    Tile(128, 256, 2, 4, 1), Tile(128, 192, 2, 4, 1), Tile(128, 96, 2, 6, 1), Tile(64, 192, 2, 6, 1),
+    Tile(64, 96, 2, 6, 1), Tile(64, 64, 1, 6, 1), Tile(64, 64, 1, 12, 1), Tile(64, 32, 1, 8, 1),
+    Tile(64, 64, 1, 6, 4), Tile(64, 64, 1, 12, 4),
 )  # fmt: skip
 
 
 class Norm(NamedTuple):
     """What makes a product ``a @ w.T`` one of ``LN(a) @ w.T``, the norm without an affine part."""
 
-    moments: Array  # [M, K / 32, 2] float32: mean, and sum of squared deviations from it, of 32 neighbours in a
+    moments: Array  # [M, K / neighbours, 2] float32: mean, and sum of squared deviations from it, of neighbours in a
     sums: Array  # [N] float32: of the rows of w
     eps: float
 
 
-MOMENTS = 32  # neighbours in a row that have a mean in common
+def neighbours(M: int, N: int) -> int:
+    """How many numbers side by side in a row have moments in common in a result [M, N]; 0: there are none."""
+    if M * N <= _FEW:
+        return 32 if N % 64 == 0 else 0  # tiles are small
+    return next((n for n in (96, 128) if N % (2 * n) == 0), 0)
+
+
+_FEW = 1 << 18
 
 
 def takes_norm(K: int, tile: Tile | None = None) -> bool:
     """Whether rows of so many channels may come with their moments in place of a norm (for this tile)."""
-    return K % (2 * MOMENTS) == 0 and (tile is None or (tile.bm == 64 and tile.bn <= 96))
+    return K % 64 == 0 and (tile is None or tile.groups == 2 or tile.bn <= 96)
+
+
+def gives_moments(M: int, N: int, tile: Tile) -> bool:
+    """Whether this tile comes with the moments of a result [M, N]."""
+    return (width := neighbours(M, N)) > 0 and tile.bn % width == 0
 
 
 def takes(N: int, K: int, precision: Precision, tile: Tile | None = None) -> bool:
@@ -74,7 +87,7 @@ def takes(N: int, K: int, precision: Precision, tile: Tile | None = None) -> boo
 
 def likely(M: int, N: int, K: int, multiprocessors: int) -> tuple[Tile, ...]:
     """The tiles that are worth a try: large ones where there is one for each multiprocessor, else small ones."""
-    tiles = TILES[:4] if multiprocessors <= -(-M // 128) * -(-N // 96) else TILES[3:]
+    tiles = TILES[:5] if multiprocessors <= -(-M // 128) * -(-N // 96) else TILES[4:]
     return tuple(t for t in tiles if t.split == 1 or t.split * 64 <= K)
 
 
@@ -103,11 +116,12 @@ class Product:
     ) -> None:  # fmt: skip
         import cupy
 
-        fixed = constants(tile, precision, gelu=gelu, norm=norm, moments=moments)
+        width = neighbours(M, N) if moments else 0
+        fixed = constants(tile, precision, gelu=gelu, norm=norm, moments=width)
         self._kernel = jit.kernel(tile.kernel, arch=jit.HOPPER, **fixed)
         tiles = -(-M // tile.bm) * -(-N // tile.bn)
         most = jit.multiprocessors(cupy.cuda.device.get_device_id()) * (1 if tile.groups == 2 else 3)
-        self._blocks = tiles * tile.split if tile.split > 1 or norm else min(tiles, most)
+        self._blocks = tiles * tile.split if tile.split > 1 else min(tiles, most)
         self._threads = tile.threads(norm)
         self._sizes, self._precision, self._tile = (M, N, K), precision.name, tile
 
@@ -124,20 +138,21 @@ class Product:
     ) -> None:
         """Enqueue the product on CuPy's current stream; ``residual`` may be ``out``.
 
-        ``moments`` [M, N / 32, 2] float32 is written: those of out, as a `Norm` has them. With ``overlap``, no
-        kernel that is under way may write ``w``.
+        ``moments`` [M, N / neighbours(M, N), 2] float32 is written: those of out, as a `Norm` has them. With
+        ``overlap``, no kernel that is under way may write ``w``.
         """
         M, N, K = self._sizes
         of_a = tensor_maps.rows(a.data.ptr, M, K, self._precision, self._tile.bm)
         of_w = tensor_maps.permuted_rows(w.data.ptr, N, K, self._precision, self._tile.bn)
         self._kernel(
             self._blocks, self._threads, of_a, of_w, bias, residual, out,
-            *(norm[:2] if norm else (None, None)), moments, M, N, K, norm.eps if norm else 0.0,
+            *(norm[:2] if norm else (None, None)), moments, M, N, K,
+            norm.moments.shape[1] if norm else 0, norm.eps if norm else 0.0,
             shared=self._tile.shared, overlap=overlap,
         )  # fmt: skip
 
 
-def constants(tile: Tile, precision: Precision, *, gelu: bool, norm: bool, moments: bool) -> dict[str, jit.Constant]:
+def constants(tile: Tile, precision: Precision, *, gelu: bool, norm: bool, moments: int) -> dict[str, jit.Constant]:
     """The kernel's compile-time constants."""
     return {
         "scalar_t": precision.ctype, "BM": tile.bm, "BN": tile.bn, "GROUPS": tile.groups, "STAGES": tile.stages,
@@ -150,5 +165,6 @@ def variants() -> Iterator[jit.Variant]:
     for tile in TILES:
         for name in ("fp16", "bf16", "tf32") if tile == TILES[1] else ("fp16",):
             for norm in (False, True) if takes_norm(256, tile) else (False,):
-                c = constants(tile, precisions.of(name), gelu=tile.bm == 128, norm=norm, moments=not norm)
+                width = 0 if norm else next(n for n in (128, 96, 32) if tile.bn % n == 0)
+                c = constants(tile, precisions.of(name), gelu=tile.bm == 128, norm=norm, moments=width)
                 yield jit.Variant(tile.kernel, c, 90, jit.HOPPER)

@@ -50,14 +50,21 @@ def test_wgmma_gemm(name: str, parts: tuple[str, ...], tile: wgmma.Tile) -> None
 def test_norms_and_moments(name: str, gelu: bool, tile: wgmma.Tile) -> None:
     """A product that gives the moments of its rows, and one that takes them, against the operations one by one."""
     precision = precisions.of(name)
-    for M, C, N in ((333, 160, 96), (9000, 96, 288), (49, 768, 1536), (70, 1536, 96)):
+    for M, C, N in (
+        (333, 192, 96),
+        (9000, 192, 288),
+        (9000, 256, 96),
+        (1099, 512, 288),
+        (49, 768, 1536),
+        (70, 1536, 96),
+    ):
         fits = wgmma.takes(C, 64, precision, tile) and wgmma.takes(N, C, precision, tile)
-        if not fits or not wgmma.takes_norm(C, tile):
+        if not fits or not wgmma.gives_moments(M, C, tile) or not wgmma.takes_norm(C, tile):
             continue
         first, z = draw(name, M, C, 64, ("bias", "residual"))
         second, _ = draw(name, 1, N, C, ("bias",))
         x, y = (cupy.empty((M, n), precision.storage) for n in (C, N))
-        guarded = cupy.full((M + 1, C // 32, 2), 7, "float32")
+        guarded = cupy.full((M + 1, C // wgmma.neighbours(M, C), 2), 7, "float32")
         sums = precisions.decode(cupy.asnumpy(second["w"]), precision).astype(np.float64).sum(axis=1)
         norm = wgmma.Norm(guarded[:-1], cupy.asarray(sums, "float32"), 1e-5)
         problem = gemm.Problem(M, C, 64, name, True, False, True, moments=True)

@@ -39,6 +39,14 @@ template <typename T>
 unsigned round2(float lo, float hi) { return pack2<T>(lo, hi); }
 static void forget_origin(unsigned&) {}
 static void prefetch(const void*) {}
+static uint4 load_if(bool yes, const void* p) {
+    uint4 x = {};
+    if (yes) std::memcpy(&x, p, 16);
+    return x;
+}
+static void store_if(bool yes, void* p, uint4 x) {
+    if (yes) std::memcpy(p, &x, 16);
+}
 static uint2 load_now8(const void* p) {
     uint2 x;
     std::memcpy(&x, p, 8);
