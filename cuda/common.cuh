@@ -201,18 +201,19 @@ DEVICE float fast_tanh(float x) {
     return t;
 }
 
-// The same to within a rounding of a 16-bit type, in half the instructions: by the hardware's tanh of a fitted polynomial.
-DEVICE float gelu_16_bit(float x) {
-    const float u = fminf(x * x, 16.0f), half = 0.5f * x;
-    const float t = fast_tanh(x * fmaf(u, fmaf(u, -0.00035156f, 0.0370059f), 0.7975076f));
-    return fmaf(half, t, half);
+// gelu(2 x) to within a rounding of a 16-bit type, in half the instructions: by the hardware's tanh of a fitted polynomial.
+// The error of the fit to erf is 2.5e-5, that of the hardware's tanh 2^-11.
+DEVICE float gelu_of_twice(float x) {
+    const float u = fminf(x * x, 4.0f);
+    const float t = fast_tanh(x * fmaf(u, fmaf(u, -0.01124992f, 0.2960472f), 1.5950152f));
+    return fmaf(x, t, x);
 }
 
 // The gelu that is exact to a rounding of T.
 template <typename T>
 DEVICE float gelu_to(float x) {
     if constexpr (sizeof(T) == 2)
-        return gelu_16_bit(x);
+        return gelu_of_twice(0.5f * x);
     else
         return gelu(x);
 }

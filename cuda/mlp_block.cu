@@ -18,13 +18,6 @@ constexpr int THREADS = GROUPS * WARPGROUP, STEP = 16;  // STEP: of k, a product
 // Within 32 channels, place 16 s + 8 h + 2 q + e of W1's columns and W2's rows holds channel 8 q + 4 s + 2 h + e. So
 // eight neighbours 8 q .. 8 q + 7 of a row, 16 bytes of memory, are what one thread of a fragment holds: word 2 s + h.
 
-// gelu(2 x). The error of the fit to erf is 2.5e-5, that of the hardware's tanh 2^-11.
-DEVICE float gelu_of_twice(float x) {
-    const float u = fminf(x * x, 4.0f);
-    const float t = fast_tanh(x * fmaf(u, fmaf(u, -0.01124992f, 0.2960472f), 1.5950152f));
-    return fmaf(x, t, x);
-}
-
 // What a descriptor is made of is the same in all lanes; told so, the compiler keeps it out of their registers.
 DEVICE unsigned uniform(unsigned x) { return __shfl_sync(ALL_LANES, x, 0); }
 

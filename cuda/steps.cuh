@@ -2,21 +2,21 @@
 #pragma once
 #include "hopper.cuh"
 
-// Eight numbers of global memory where `yes`, else zeros, and to it, as load_if and store_if have it.
+// Eight neighbours in global memory, as they are stored there.
 template <typename T>
-DEVICE void load_eight_if(bool yes, const T* p, float (&x)[8]) {
-    constexpr int N = 16 / sizeof(T);
+struct Eight {
+    static constexpr int N = 16 / sizeof(T);
+    Pack<T, N> parts[8 / N];
+
+    DEVICE void load(bool yes, const T* p) {  // zeros where not
 #pragma unroll
-    for (int k = 0; k < 8; k += N) {
-        Pack<T, N> pack;
-        pack.word = load_if(yes, p + k);
-#pragma unroll
-        for (int e = 0; e < N; ++e) x[k + e] = to_float(pack.v[e]);
+        for (int k = 0; k < 8 / N; ++k) parts[k].word = load_if(yes, p + k * N);
     }
-}
+    DEVICE float operator[](int e) const { return to_float(parts[e / N].v[e % N]); }
+};
 template <typename T>
 DEVICE void store_eight_if(bool yes, T* p, const float (&x)[8]) {
-    constexpr int N = 16 / sizeof(T);
+    constexpr int N = Eight<T>::N;
 #pragma unroll
     for (int k = 0; k < 8; k += N) {
         Pack<T, N> pack;

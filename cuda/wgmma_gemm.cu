@@ -28,14 +28,18 @@ constexpr int WARPS = SHARERS * WARPGROUP / WARP;  // that multiply a tile
 constexpr int TALL = BM / 64 / SHARERS,
               COLUMNS = BN / 32;           // a group's products of 64 rows on top of each other, 32 columns
 constexpr int UNITS = TALL * COLUMNS * 2;  // pieces of eight sums of a thread, neighbours in a row of out
+// Groups of columns whose bias and residual are loaded together, into some 96 registers.
+constexpr int BATCH_MOST = 48 / ((2 * TALL + 1) * sizeof(scalar_t)),
+              BATCH = BATCH_MOST < COLUMNS ? BATCH_MOST : COLUMNS;
 constexpr int BLOCKS = GROUPS == 2 || TALL * BN > 128 ? 1 : TALL * BN > 64 || NORM ? 2 : 3;
 static_assert(SPLIT == 1 || (GROUPS == 1 && TALL == 1 && UNITS % SPLIT == 0 && MOMENTS <= 32));
+constexpr bool HALVED = NORM && GELU && sizeof(scalar_t) == 2;  // what comes out of the norm, for gelu_of_twice
 constexpr int NORM_WARPS = 2, NEIGHBOURS = MOMENTS ? MOMENTS : 32;
 static_assert(BN % NEIGHBOURS == 0);
 // Of a tile whose K is shared each block finishes EACH pieces, of which the others' parts come to RECEIVED.
 constexpr int EACH = UNITS / SPLIT, RECEIVED = STAGES * STAGE, RECEIVED_BYTES = (SPLIT - 1) * EACH * 32 * WARPGROUP;
 
-// Of a row of a, 1 / deviation and -mean / deviation, from the moments of so many groups of its K numbers.
+// Of a row of a, 1 / deviation and -mean / deviation, or half of them, from the moments of so many groups of its K numbers.
 DEVICE float2 norm_of(const float2* moments, int groups, int K, float eps) {
     const float each = __fdividef(K, groups);
     float near, sum = 0, squares = 0;
@@ -49,7 +53,7 @@ DEVICE float2 norm_of(const float2* moments, int groups, int K, float eps) {
         squares += fmaf(each * a, a, __uint_as_float(two.y)) + fmaf(each * b, b, __uint_as_float(two.w));
     }
     const float apart = __fdividef(sum, groups), variance = __fdividef(squares, K) - apart * apart;
-    const float scale = rsqrtf(fmaxf(variance, 0.0f) + eps);
+    const float scale = rsqrtf(fmaxf(variance, 0.0f) + eps) * (HALVED ? 0.5f : 1.0f);
     return make_float2(scale, -(near + apart) * scale);
 }
 
@@ -112,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
         }
         if constexpr (GELU) {
 #pragma unroll
-            for (int e = 0; e < 8; ++e) z[e] = gelu_to<scalar_t>(z[e]);
+            for (int e = 0; e < 8; ++e) z[e] = HALVED ? gelu_of_twice(z[e]) : gelu_to<scalar_t>(z[e]);
         }
         store_eight_if(m < M && n < N, out + static_cast<size_t>(m) * N + n, z);
     };
@@ -129,7 +133,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
                 if (turn >= 2) barrier_wait(&used[turn % 2], turn / 2 - 1 & 1);
                 float* const sums = sums_of_columns + turn % 2 * (2 * BN);
                 for (int i = at, n; i < BN && (n = n_of(tile) + i) < N; i += NORM_WARPS * WARP)
-                    sums[i] = sums_of_w[n], sums[BN + i] = bias ? to_float(bias[n]) : 0;
+                    sums[i] = sums_of_w[n], sums[BN + i] = bias ? to_float(bias[n]) * (HALVED ? 0.5f : 1.0f) : 0;
                 if (turn == 0) wait_for_kernels_ahead();
                 for (int row = at; row < BM; row += NORM_WARPS * WARP) {
                     const float2* const of_row =
@@ -181,25 +185,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
         const int begin = TURNS ? group : 0;
         for (int turn = begin, tile = first + begin * step; tile < tiles; turn += STEPS, tile += STEPS * step) {
             const int m0 = m_of(tile), n0 = n_of(tile);
-            if constexpr (!NORM) {  // sums begin at bias and residual, in one of the parts
+            if constexpr (!NORM) {  // sums begin at bias and residual, in one of the parts; loads come together
 #pragma unroll
-                for (int c = 0; c < COLUMNS; ++c) {
-                    const int n = n0 + c * 32 + lane % 4 * 8;
-                    const bool begins = part == 0 && n < N;
-                    float b[8];
-                    load_eight_if(bias && begins, bias + n, b);
+                for (int c0 = 0; c0 < COLUMNS; c0 += BATCH) {
+                    Eight<scalar_t> b[BATCH], r[BATCH][TALL][2];
 #pragma unroll
-                    for (int t = 0; t < TALL; ++t)
+                    for (int i = 0; i < BATCH; ++i) {
+                        const int n = n0 + (c0 + i) * 32 + lane % 4 * 8;
+                        const bool begins = c0 + i < COLUMNS && part == 0 && n < N;
+                        b[i].load(bias && begins, bias + n);
 #pragma unroll
-                        for (int h = 0; h < 2; ++h) {
-                            const int m = m0 + row_of(t, h);
-                            float r[8] = {};
-                            if constexpr (!GELU)
-                                load_eight_if(residual && begins && m < M, residual + static_cast<size_t>(m) * N + n,
-                                              r);
+                        for (int t = 0; !GELU && t < TALL; ++t)
 #pragma unroll
-                            for (int e = 0; e < 8; ++e) sum[t][c * 16 + e / 2 * 4 + h * 2 + e % 2] = b[e] + r[e];
-                        }
+                            for (int h = 0; h < 2; ++h) {
+                                const int m = m0 + row_of(t, h);
+                                r[i][t][h].load(residual && begins && m < M, residual + static_cast<size_t>(m) * N + n);
+                            }
+                    }
+#pragma unroll
+                    for (int i = 0; i < BATCH; ++i)
+#pragma unroll
+                        for (int e = 0; c0 + i < COLUMNS && e < 8; ++e)
+#pragma unroll
+                            for (int t = 0; t < TALL; ++t)
+#pragma unroll
+                                for (int h = 0; h < 2; ++h)
+                                    sum[t][(c0 + i) * 16 + e / 2 * 4 + h * 2 + e % 2] =
+                                        b[i][e] + (GELU ? 0 : r[i][t][h][e]);
                 }
 #pragma unroll
                 for (int t = 0; t < TALL; ++t) hold(sum[t]);

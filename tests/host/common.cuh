@@ -118,6 +118,7 @@ static float infinity() { return __builtin_huge_valf(); }
 static float __fdividef(float a, float b) { return a / b; }
 static float fast_exp2(float x) { return std::exp2(x); }
 static float gelu(float x) { return x / 2 * (1 + std::erf(x * std::sqrt(0.5f))); }
+static float gelu_of_twice(float x) { return gelu(2 * x); }
 static float to_float(float x) { return x; }
 static float to_float(__half x) { return float(x); }
 static float to_float(unsigned char x) { return x; }
