@@ -7,9 +7,9 @@
 // math         products on tensor cores, of float in tf32; fp32 sums, which begin at bias + residual. The norm comes
 //              after the product: sum_k (a - mean) / deviation w = (sum_k a w - mean sum_k w) / deviation
 // grid         a tile [BM, BN] of out after the other, those of a row side by side; GROUPS warpgroups multiply, in turns:
-//              one stores while the other multiplies; or, where a tile is too large for one, half of its rows each.
-//              One warp fetches, others take the norms of a's rows. With SPLIT > 1 the blocks of a cluster share a tile's
-//              K and add up their parts in order. Shared memory: Tile.shared in ops/wgmma.py
+//              one stores while the other multiplies. One warp fetches, others take the norms of a's rows. With SPLIT > 1
+//              the blocks of a cluster share a tile's K and add up their parts in order. Shared memory: Tile.shared in
+//              ops/wgmma.py
 // constants    scalar_t = float | __half | __nv_bfloat16; BM = 64 or 128, BN = 32, 64, 96, 128, 192 or 256; GROUPS = 1 or 2;
 //              STAGES >= 2; SPLIT = 1, 2, 4 or 8, which divides BM BN / 1024, and then GROUPS == 1 and BM == 64; GELU;
 //              NORM: an even number of groups, and GROUPS = 2 or BN <= 96; MOMENTS = 0 (none) or what divides BN and N, 32
@@ -21,13 +21,8 @@ constexpr int SLAB = 128, BK = SLAB / sizeof(scalar_t);  // bytes and elements o
 constexpr int STAGE = (BM + BN) * SLAB, MULTIPLIERS = GROUPS * WARPGROUP;
 // Two groups take the registers of the fetching warps, which can be given a warpgroup at a time.
 constexpr int THREADS = MULTIPLIERS + (GROUPS == 2 ? WARPGROUP : NORM ? 3 * WARP : WARP);
-constexpr bool TURNS = GROUPS == 2 && BM * BN <= 128 * 192;
-constexpr int SHARERS = TURNS ? 1 : GROUPS,
-              STEPS = TURNS ? 2 : 1;               // groups of a tile; tiles from a group's to its next
-constexpr int WARPS = SHARERS * WARPGROUP / WARP;  // that multiply a tile
-constexpr int TALL = BM / 64 / SHARERS,
-              COLUMNS = BN / 32;           // a group's products of 64 rows on top of each other, 32 columns
-constexpr int UNITS = TALL * COLUMNS * 2;  // pieces of eight sums of a thread, neighbours in a row of out
+constexpr int TALL = BM / 64, COLUMNS = BN / 32;  // products of 64 rows on top of each other, groups of 32 columns
+constexpr int UNITS = TALL * COLUMNS * 2;         // pieces of eight sums of a thread, neighbours in a row of out
 // Groups of columns whose bias and residual are loaded together, into some 96 registers.
 constexpr int BATCH_MOST = 48 / ((2 * TALL + 1) * sizeof(scalar_t)),
               BATCH = BATCH_MOST < COLUMNS ? BATCH_MOST : COLUMNS;
@@ -85,9 +80,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
 
     if (threadIdx.x == 0) {
 #pragma unroll
-        for (int i = 0; i < STAGES; ++i) barrier_init(&full[i], 1), barrier_init(&empty[i], WARPS);
+        for (int i = 0; i < STAGES; ++i) barrier_init(&full[i], 1), barrier_init(&empty[i], WARPGROUP / WARP);
         if constexpr (NORM)
-            for (int i = 0; i < 2; ++i) barrier_init(&normed[i], NORM_WARPS), barrier_init(&used[i], WARPS);
+            for (int i = 0; i < 2; ++i) barrier_init(&normed[i], NORM_WARPS), barrier_init(&used[i], WARPGROUP / WARP);
         if constexpr (SPLIT > 1) barrier_init(received, 1);
         barrier_init_fence();
         if constexpr (SPLIT > 1) barrier_expect(received, RECEIVED_BYTES);
@@ -97,8 +92,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
     let_next_kernel_start();
 
     float sum[TALL][BN / 2], scale[TALL][2], offset[TALL][2];
-    const int own = TURNS ? 0 : group * (BM / SHARERS);  // the group's first row of a tile
-    const auto row_of = [&](int t, int h) { return own + t * 64 + int(thread / WARP) * 16 + int(lane / 4) + h * 8; };
+    const auto row_of = [&](int t, int h) { return t * 64 + int(thread / WARP) * 16 + int(lane / 4) + h * 8; };
     // What a norm needs of eight columns, from sums_of_columns on.
     struct Columns {
         float sums[8], bias[8];
@@ -181,9 +175,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
         };
         // A barrier of the ring tells a phase from the next, not from the one after that: turns wait for each other.
         constexpr unsigned TURN = 1 + GROUPS;
-        if (TURNS && group == 1) named_barrier_arrive<MULTIPLIERS>(TURN);
-        const int begin = TURNS ? group : 0;
-        for (int turn = begin, tile = first + begin * step; tile < tiles; turn += STEPS, tile += STEPS * step) {
+        if (GROUPS == 2 && group == 1) named_barrier_arrive<MULTIPLIERS>(TURN);
+        for (int turn = group, tile = first + group * step; tile < tiles; turn += GROUPS, tile += GROUPS * step) {
             const int m0 = m_of(tile), n0 = n_of(tile);
             if constexpr (!NORM) {  // sums begin at bias and residual, in one of the parts; loads come together
 #pragma unroll
@@ -216,13 +209,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
 #pragma unroll
                 for (int t = 0; t < TALL; ++t) hold(sum[t]);
             }
-            if constexpr (TURNS) named_barrier<MULTIPLIERS>(TURN + group);
+            if constexpr (GROUPS == 2) named_barrier<MULTIPLIERS>(TURN + group);
             int stage = turn * slabs % STAGES;
             unsigned parity = turn * slabs / STAGES % 2;
             const auto multiply = [&](auto first) {
                 barrier_wait(&full[stage], parity);
                 const unsigned char* slab = smem + stage * STAGE;
-                const unsigned long long of_a = descriptor<128>(shared_address(slab + own * SLAB));
+                const unsigned long long of_a = descriptor<128>(shared_address(slab));
                 const unsigned long long of_w = descriptor<128>(shared_address(slab + BM * SLAB));
                 wgmma_fence();
 #pragma unroll
@@ -246,7 +239,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
                 wgmma_wait<1>();
                 release(before);
             }
-            if (TURNS && tile + step < tiles) named_barrier_arrive<MULTIPLIERS>(TURN + (group ^ 1));
+            if (GROUPS == 2 && tile + step < tiles) named_barrier_arrive<MULTIPLIERS>(TURN + (group ^ 1));
             wgmma_wait<0>();
 #pragma unroll
             for (int t = 0; t < TALL; ++t) hold(sum[t]);
