@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -94,6 +95,19 @@ def test_inputs_that_are_not_as_kernels_need_them() -> None:
         want = reference.layer_norm(*(np.asarray(a, np.float64) for a in (x, weight, bias)))
         assert distance(np.asarray(y), want) <= 1e-3
         assert np.array_equal(buffer, before)
+
+
+def test_moments_end_with_the_result_that_they_are_of() -> None:
+    """Nothing holds on to memory of a graph's pool, which loses what outlives it."""
+    ops = fused.Fused("fp16")
+    result, moments = (emulator.asarray(np.ones((4, 64), np.float32)) for _ in range(2))
+    there = weakref.ref(moments)
+    ops._remember(result, moments)
+    assert ops._moments_of(result) is moments
+    del moments
+    assert there() is not None
+    del result
+    assert there() is None
 
 
 def test_bfloat16_of_ml_dtypes() -> None:

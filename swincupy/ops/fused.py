@@ -43,10 +43,10 @@ class FoldedNorm(NamedTuple):
 
 
 class _Last(threading.local):
-    """The result that an operation gave last, and the moments of its rows."""
+    """The result that an operation gave last, and the moments of its rows, which end with it."""
 
     result: Callable[[], Array] = staticmethod(lambda: None)
-    moments: Array = None
+    moments: Sequence[Array] = ()
 
 
 class Fused:
@@ -494,7 +494,7 @@ class Fused:
 
     def _moments_of(self, x: Array) -> Array | None:
         """Those of an operation's result, where x is the last one's."""
-        return self._last.moments if x is not None and self._last.result() is x else None
+        return self._last.moments[0] if x is not None and self._last.result() is x else None
 
     def _product(
         self,
@@ -543,7 +543,8 @@ class Fused:
     def _remember(self, y: Array, moments: Array | None) -> Array:
         """The result, which has these moments."""
         if moments is not None:
-            self._last.result, self._last.moments = weakref.ref(y), moments
+            kept = [moments]  # a graph's memory must not be held on to: its pool loses what outlives it
+            self._last.result, self._last.moments = weakref.ref(y, lambda _: kept.clear()), kept
         return y
 
     def _mlp(
