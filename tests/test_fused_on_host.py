@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from swincupy import forward, jit
 from swincupy import precision as precisions
 from swincupy.config import SwinConfig
 from swincupy.errors import InputError
-from swincupy.ops import fused, reference
+from swincupy.ops import fused, reference, wgmma
 from swincupy.parameters import fold, parameter_shapes, plan
 from tests.host import emulator
 from tests.op_cases import CASES, Case, check, distance, draw, norm
@@ -81,6 +82,44 @@ def test_forward_pass(version: int, name: str) -> None:
     )
     limit = {"fp32": 1e-5, "bf16": 3e-2}[name]
     assert distance(precisions.decode(np.asarray(y), precision), want) <= limit
+
+
+@pytest.mark.parametrize("few", [1 << 18, 0], ids=["few rows", "many rows"])
+def test_norms_that_are_parts_of_products(monkeypatch: pytest.MonkeyPatch, few: int) -> None:
+    """A whole model whose products give moments and take norms, as on SM 9.0; the first norm follows no product."""
+    normed, product = list[bool](), fused.gemm
+
+    def gemm(*args: Any, **options: Any) -> Any:
+        normed.append(options["norm"] is not None)
+        return product(*args, **options)
+
+    monkeypatch.setattr(wgmma, "_FEW", few)
+    monkeypatch.setattr(fused, "gemm", gemm)
+    monkeypatch.setattr(fused, "takes_norm", lambda N, K, precision: wgmma.takes_norm(K))
+    monkeypatch.setattr(fused, "gives_moments", lambda M, N, K, precision: wgmma.neighbours(M, N) > 0)
+    config = SwinConfig(
+        patch_size=2, embed_dim=192, depths=(2, 1), num_heads=(6, 12), window_size=4, num_classes=5, mlp_ratio=2.0,
+        pad_mode="pad_roll",
+    )  # fmt: skip
+    rng, precision, ops = np.random.default_rng(), precisions.of("fp16"), fused.Fused("fp16")
+    params = {
+        k: 1.0 * ("norm" in k and k.endswith("weight")) + rng.standard_normal(s).astype(np.float32) * s[-1] ** -0.5
+        for k, s in parameter_shapes(config).items()
+    }
+    x = rng.standard_normal((2, 3, 18, 20))
+
+    def run(convert: Any, ops: Any, x: np.ndarray, **options: Any) -> Any:
+        w = fold(params, config, convert, **options)
+        sized = plan(w, config, *x.shape[2:], convert)
+        return forward.logits(forward.patches(x, w, sized, ops), w, sized, forward.block_v1, ops)
+
+    want = run(lambda a: np.asarray(a, np.float64), reference, x)
+    y = run(
+        lambda a: emulator.asarray(precisions.encode(np.asarray(a), precision)), ops,
+        emulator.asarray(x.astype(np.float32)), fold_norm=ops.fold_norm,
+    )  # fmt: skip
+    assert distance(np.asarray(y), want) <= 5e-3
+    assert normed.count(True) == 2 * 3 - 1
 
 
 def test_inputs_that_are_not_as_kernels_need_them() -> None:

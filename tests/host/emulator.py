@@ -134,17 +134,17 @@ def gemm(
         )
         y = x @ weight.T
         if norm:
-            mean, deviations = np.moveaxis(arrays[6].astype(np.float64), 2, 0)  # of 32 neighbours each
-            total = mean.mean(axis=1, keepdims=True)
-            variance = (deviations + 32 * (mean - total) ** 2).sum(axis=1, keepdims=True) / x.shape[1]
+            mean, deviations = np.moveaxis(arrays[6].astype(np.float64), 2, 0)
+            total, each = mean.mean(axis=1, keepdims=True), x.shape[1] / mean.shape[1]  # neighbours of a mean
+            variance = (deviations + each * (mean - total) ** 2).sum(axis=1, keepdims=True) / x.shape[1]
             y = (y - total * arrays[7]) / np.sqrt(variance + norm.eps)
         y = y if b is None else y + b
         y = reference.gelu(y) if gelu else y
         y = y if r is None else y + r
         arrays[4][...] = precisions.encode(y, precision)
         if moments is not None:
-            parts = y.reshape(len(y), -1, 32)
-            arrays[5][...] = np.stack([parts.mean(axis=2), parts.var(axis=2) * 32], axis=2)
+            parts = y.reshape(len(y), arrays[5].shape[1], -1)
+            arrays[5][...] = np.stack([parts.mean(axis=2), parts.var(axis=2) * parts.shape[2]], axis=2)
 
     device.get_current_stream().queue(work)
     return out
