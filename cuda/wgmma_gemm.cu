@@ -82,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
 #pragma unroll
         for (int i = 0; i < STAGES; ++i) barrier_init(&full[i], 1), barrier_init(&empty[i], WARPGROUP / WARP);
         if constexpr (NORM)
-            for (int i = 0; i < 2; ++i) barrier_init(&normed[i], NORM_WARPS), barrier_init(&used[i], WARPGROUP / WARP);
+            for (int i = 0; i < 2; ++i) barrier_init(&normed[i], NORM_WARPS * WARP), barrier_init(&used[i], WARPGROUP);
         if constexpr (SPLIT > 1) barrier_init(received, 1);
         barrier_init_fence();
         if constexpr (SPLIT > 1) barrier_expect(received, RECEIVED_BYTES);
@@ -134,8 +134,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
                         moments_of_a + static_cast<size_t>(min(m_of(tile) + row, M - 1)) * groups;
                     norms_of_rows[turn % 2 * BM + row] = norm_of(of_row, groups, K, eps);
                 }
-                __syncwarp();
-                if (lane == 0) barrier_arrive(&normed[turn % 2]);
+                barrier_arrive(&normed[turn % 2]);
             }
         }
         if (threadIdx.x == MULTIPLIERS) {
@@ -279,10 +278,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
                             }
                         }
                 }
-                if constexpr (NORM) {
-                    __syncwarp();
-                    if (lane == 0) barrier_arrive(&used[turn % 2]);
-                }
+                if constexpr (NORM) barrier_arrive(&used[turn % 2]);
                 if constexpr (MOMENTS) {
 #pragma unroll
                     for (int c = 0; c < COLUMNS; c += NEIGHBOURS / 32)
