@@ -82,13 +82,12 @@ def gemm_shapes(
     geometry = stage_geometry(config, height, width)
     for i, (C, depth, g) in enumerate(zip(config.dims, config.depths, geometry, strict=True)):
         M, hidden = batch * g.grid[0] * g.grid[1], config.hidden_dim(i)
-        norm = "norm+" if config.version == 1 and moments(M, C, C) else ""
-        after = "+moments" if norm else ""
+        of_proj, of_fc2 = (config.version == 1 and moments(M, C, K) for K in (C, hidden))
         shapes += [
-            Shape(f"stage{i}.qkv", M, 3 * C, C, norm + bias.replace("none", "bias" if norm else "none"), depth),
-            Shape(f"stage{i}.proj", M, C, C, to_residual + after, depth),
-            Shape(f"stage{i}.fc1", M, hidden, C, f"{norm}bias+gelu", depth),
-            Shape(f"stage{i}.fc2", M, C, hidden, to_residual + after, depth),
+            Shape(f"stage{i}.qkv", M, 3 * C, C, "norm+bias" if of_fc2 else bias, depth),
+            Shape(f"stage{i}.proj", M, C, C, to_residual + "+moments" * of_proj, depth),
+            Shape(f"stage{i}.fc1", M, hidden, C, "norm+" * of_proj + "bias+gelu", depth),
+            Shape(f"stage{i}.fc2", M, C, hidden, to_residual + "+moments" * of_fc2, depth),
         ]
         if i + 1 < config.num_stages:
             h, w = geometry[i + 1].grid

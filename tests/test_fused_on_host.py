@@ -84,9 +84,15 @@ def test_forward_pass(version: int, name: str) -> None:
     assert distance(precisions.decode(np.asarray(y), precision), want) <= limit
 
 
-@pytest.mark.parametrize("few", [1 << 18, 0], ids=["few rows", "many rows"])
-def test_norms_that_are_parts_of_products(monkeypatch: pytest.MonkeyPatch, few: int) -> None:
-    """A whole model whose products give moments and take norms, as on SM 9.0; the first norm follows no product."""
+@pytest.mark.parametrize(
+    ("few", "dim", "norms"),
+    [(1 << 18, 192, 2 * 3 - 1), (0, 192, 2 * 3 - 1), (0, 256, 3)], ids=["few rows", "many rows", "wide rows"],
+)  # fmt: skip
+def test_norms_that_are_parts_of_products(monkeypatch: pytest.MonkeyPatch, few: int, dim: int, norms: int) -> None:
+    """A whole model whose products give moments and take norms, as on SM 9.0; the first norm follows no product.
+
+    Of wide rows only fc1's: what comes before the others is deep.
+    """
     normed, product = list[bool](), fused.gemm
 
     def gemm(*args: Any, **options: Any) -> Any:
@@ -96,9 +102,9 @@ def test_norms_that_are_parts_of_products(monkeypatch: pytest.MonkeyPatch, few: 
     monkeypatch.setattr(wgmma, "_FEW", few)
     monkeypatch.setattr(fused, "gemm", gemm)
     monkeypatch.setattr(fused, "takes_norm", lambda N, K, precision: wgmma.takes_norm(K))
-    monkeypatch.setattr(fused, "gives_moments", lambda M, N, K, precision: wgmma.neighbours(M, N) > 0)
+    monkeypatch.setattr(fused, "gives_moments", lambda M, N, K, precision: wgmma.better_with_moments(M, N, K))
     config = SwinConfig(
-        patch_size=2, embed_dim=192, depths=(2, 1), num_heads=(6, 12), window_size=4, num_classes=5, mlp_ratio=2.0,
+        patch_size=2, embed_dim=dim, depths=(2, 1), num_heads=(dim // 32, dim // 16), window_size=4, num_classes=5, mlp_ratio=2.0,
         pad_mode="pad_roll",
     )  # fmt: skip
     rng, precision, ops = np.random.default_rng(), precisions.of("fp16"), fused.Fused("fp16")
@@ -119,7 +125,7 @@ def test_norms_that_are_parts_of_products(monkeypatch: pytest.MonkeyPatch, few: 
         emulator.asarray(x.astype(np.float32)), fold_norm=ops.fold_norm,
     )  # fmt: skip
     assert distance(np.asarray(y), want) <= 5e-3
-    assert normed.count(True) == 2 * 3 - 1
+    assert normed.count(True) == norms
 
 
 def test_inputs_that_are_not_as_kernels_need_them() -> None:

@@ -55,6 +55,7 @@ CASES = [
     (wgmma.Tile(128, 192, 2, 2, 1), (700, 416, 192), "fp16", ("norm", "bias", "gelu")),
     (wgmma.Tile(128, 192, 2, 2, 1), (300, 384, 64), "fp16", ("bias", "residual", "moments")),
     (wgmma.Tile(64, 96, 2, 2, 1), (200, 192, 384), "fp16", ("norm", "bias", "gelu", "moments")),
+    (wgmma.Tile(128, 128, 2, 2, 1), (300, 160, 384), "fp16", ("norm", "bias", "gelu")),
 ]
 
 

@@ -147,7 +147,7 @@ def gemm(
 
 def gives_moments(M: int, N: int, K: int, precision: Precision) -> bool:
     """Whether a product comes with the moments of its rows, on CuPy's current device, and is better for it."""
-    return wgmma.neighbours(M, N) > 0 and wgmma.takes(N, K, precision)
+    return wgmma.better_with_moments(M, N, K) and wgmma.takes(N, K, precision)
 
 
 def takes_norm(N: int, K: int, precision: Precision) -> bool:

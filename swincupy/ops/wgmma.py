@@ -44,8 +44,9 @@ class Tile(NamedTuple):
 #: Large ones for many rows, whose two warpgroups take turns; then small ones, the last with K shared in a cluster. With
 #: 12 stages all of a small product's weights are there before its rows come.
 TILES = (
-    Tile(128, 192, 2, 4, 1), Tile(128, 96, 2, 6, 1), Tile(64, 192, 2, 6, 1), Tile(64, 96, 2, 6, 1),
-    Tile(64, 64, 1, 6, 1), Tile(64, 64, 1, 12, 1), Tile(64, 32, 1, 8, 1), Tile(64, 64, 1, 6, 4), Tile(64, 64, 1, 12, 4),
+    Tile(128, 192, 2, 4, 1), Tile(128, 128, 2, 6, 1), Tile(128, 96, 2, 6, 1), Tile(64, 192, 2, 6, 1),
+    Tile(64, 96, 2, 6, 1), Tile(64, 64, 1, 6, 1), Tile(64, 64, 1, 12, 1), Tile(64, 32, 1, 8, 1), Tile(64, 64, 1, 6, 4),
+    Tile(64, 64, 1, 12, 4),
 )  # fmt: skip
 
 
@@ -60,15 +61,25 @@ class Norm(NamedTuple):
 def neighbours(M: int, N: int) -> int:
     """How many numbers side by side in a row have moments in common in a result [M, N]; 0: there are none.
 
-    Measured on an H200: of wider rows, what a norm costs is less than what cuBLASLt's products, which give no
-    moments, are faster by.
+    Measured: where it is 0, what a norm costs is less than what other tiles, or cuBLASLt's products, are faster by.
     """
     if M * N <= _FEW:
         return 32 if N % 64 == 0 else 0  # tiles are small
-    return 96 if N % 192 == 0 and (N <= 384 or M * N <= 4 * _FEW) else 0
+    if N % 192 == 0 and (N <= 384 or M * N <= 4 * _FEW):
+        return 96
+    return _WIDE if N % _WIDE == 0 and M * N >= 12 * _FEW else 0
 
 
-_FEW = 1 << 18
+_FEW, _WIDE = 1 << 18, 128
+
+
+def better_with_moments(M: int, N: int, K: int) -> bool:
+    """Whether a product should come with the moments of its rows.
+
+    Not a deep one with wide rows: cuBLASLt's is faster by more than the norm costs.
+    """
+    width = neighbours(M, N)
+    return width > 0 and (width < _WIDE or K <= N)
 
 
 def takes_norm(K: int, tile: Tile | None = None) -> bool:
@@ -90,7 +101,7 @@ def takes(N: int, K: int, precision: Precision, tile: Tile | None = None) -> boo
 
 def likely(M: int, N: int, K: int, multiprocessors: int) -> tuple[Tile, ...]:
     """The tiles that are worth a try: large ones where there is one for each multiprocessor, else small ones."""
-    tiles = TILES[:4] if multiprocessors <= -(-M // 128) * -(-N // 96) else TILES[3:]
+    tiles = TILES[:5] if multiprocessors <= -(-M // 128) * -(-N // 96) else TILES[4:]
     return tuple(t for t in tiles if t.split == 1 or t.split * 64 <= K)
 
 
@@ -166,8 +177,8 @@ def constants(tile: Tile, precision: Precision, *, gelu: bool, norm: bool, momen
 def variants() -> Iterator[jit.Variant]:
     """The kernels that a search may try, for checks that they compile."""
     for tile in TILES:
-        for name in ("fp16", "bf16", "tf32") if tile == TILES[1] else ("fp16",):
+        for name in ("fp16", "bf16", "tf32") if tile == TILES[2] else ("fp16",):
             for norm in (False, True) if takes_norm(256, tile) else (False,):
-                width = 0 if norm else 96 if tile.bn % 96 == 0 else 32
+                width = 0 if norm else next(w for w in (96, _WIDE, 32) if tile.bn % w == 0)
                 c = constants(tile, precisions.of(name), gelu=tile.bm == 128, norm=norm, moments=width)
                 yield jit.Variant(tile.kernel, c, 90, jit.HOPPER)
