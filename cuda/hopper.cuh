@@ -128,6 +128,14 @@ DEVICE void copy_box(void* to, const TensorMap* map, int inner, int outer, unsig
         "l"(map), "r"(shared_address(barrier)), "r"(inner), "r"(outer)
         : "memory");
 }
+// A box of a map [H / 2, 2, W / 2, 2 C] (ops/tensor_maps.py): of its rows 2 i + odd, 2 (i + 1) + odd, ... all columns.
+DEVICE void copy_pairs(void* to, const TensorMap* map, int inner, int odd, int i, unsigned long long* barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
+        "[%1, {%3, %4, %5, %6}], [%2];" ::"r"(shared_address(to)),
+        "l"(map), "r"(shared_address(barrier)), "r"(inner), "r"(0), "r"(odd), "r"(i)
+        : "memory");
+}
 // A box of rows n, n + 1, ... of a map [N / 32, 4, 4, 2, K] that permutes each 32 rows (ops/tensor_maps.py), n32 = n / 32.
 DEVICE void copy_permuted_rows(void* to, const TensorMap* map, int k, int n32, unsigned long long* barrier) {
     asm volatile(

@@ -1,17 +1,18 @@
 // mlp_block    out[m] = x[m] + W2 gelu(W1 LN(x[m]) + b1) + b2, V1; x[m] + LN(W2 gelu(W1 x[m] + b1) + b2), V2: POST_NORM
 // shapes       x, out [M, C] scalar_t, C-contiguous, apart from each other; weights scalar_t: W1 [HIDDEN, C], then W2
 //              [C, HIDDEN] in pieces of 8 x 8, see pack of ops/fused_mlp.py; vectors float: b1, b2, V2: gamma, beta.
+//              where MOMENTS, moments [M]: mean of each row of out, and sum of squared deviations from it.
 //              V1's gamma and beta are in W1 and b1. W1 and b1 are halved: gelu takes half its argument
 // math         fp32 sums, two-pass variance, hidden rounded to scalar_t; gelu to within that rounding
 // grid         SPLIT == 0: as many blocks as run at once, or as there are tiles of 64 rows, which warpgroups walk over;
 //              else SPLIT blocks, a cluster, a tile of ROWS rows. 128 GROUPS threads; shared memory see Plan there
-// constants    scalar_t = __half | __nv_bfloat16; POST_NORM; C % 32 == 0; HIDDEN % 64 == 0; GROUPS; SPLIT == 0: CH
-//              columns of hidden at a time, PAIRS of such chunks of W1 and W2 in shared memory, A_SHARED: rows, too;
-//              else ROWS % 8 == 0, ROWS % (2 SPLIT) == 0, HIDDEN % (16 SPLIT) == 0
+// constants    scalar_t = __half | __nv_bfloat16; POST_NORM; MOMENTS, of V1; C % 32 == 0; HIDDEN % 64 == 0; GROUPS;
+//              SPLIT == 0: CH columns of hidden at a time, PAIRS of such chunks of W1 and W2 in shared memory, A_SHARED:
+//              rows, too; else ROWS % 8 == 0, ROWS % (2 SPLIT) == 0, HIDDEN % (16 SPLIT) == 0
 // arch, bound  sm_90a; many rows: tensor cores and gelu, few: latency
 #include "hopper.cuh"
 
-static_assert(C % 32 == 0 && HIDDEN % 64 == 0);
+static_assert(C % 32 == 0 && HIDDEN % 64 == 0 && !(POST_NORM && MOMENTS));
 
 constexpr int THREADS = GROUPS * WARPGROUP, STEP = 16;  // STEP: of k, a product's
 
@@ -37,8 +38,8 @@ struct Walk {
     static_assert(SPLIT > 0 || RESIDENT || PAIRS > 2,
                   "a pair is fetched while another is read and the one before is let go");
 
-    static DEVICE void run(const T* x, const T* weights, const float* vectors, T* out, int M, float eps,
-                           unsigned char* shared) {
+    static DEVICE void run(const T* x, const T* weights, const float* vectors, T* out, float2* of_rows, int M,
+                           float eps, unsigned char* shared) {
         const int lane = threadIdx.x % WARP, group = uniform(threadIdx.x / WARPGROUP), t = lane % 4;
         const int row = threadIdx.x % WARPGROUP / WARP * 16 + lane / 4;  // and row + 8
         const int tiles = ceil_div(M, 64), stride = gridDim.x * GROUPS;
@@ -136,7 +137,7 @@ struct Walk {
             }
             if constexpr (!POST_NORM) {
                 float mean[2], rstd[2];
-                moments(sum, mean, rstd, eps);
+                norms(sum, mean, rstd, eps);
 #pragma unroll
                 for (int i = 0; i < C / 4; ++i) {
                     const int G = i / 8, w = i / 2 % 4, r = i % 2;
@@ -245,7 +246,7 @@ struct Walk {
             // ---- out
             if constexpr (POST_NORM) {  // x is the first product's operand, still there
                 float mean[2], rstd[2];
-                moments(sum, mean, rstd, eps);
+                norms(sum, mean, rstd, eps);
 #pragma unroll
                 for (int i = 0; i < C / 4; i += 2) {
                     const int G = i / 8, w = i / 4 % 2 * 2, r = i / 2 % 2;
@@ -270,6 +271,13 @@ struct Walk {
                             make_uint4(round2<T>(f[0], f[1]), round2<T>(f[4], f[5]), round2<T>(f[8], f[9]),
                                        round2<T>(f[12], f[13]));
                 }
+            if constexpr (MOMENTS) {
+                float mean[2], squares[2];
+                moments(sum, mean, squares);
+#pragma unroll
+                for (int r = 0; r < 2; ++r)
+                    if (t == 0 && m + 8 * r < M) of_rows[m + 8 * r] = make_float2(mean[r], squares[r]);
+            }
         }
     }
 
@@ -284,8 +292,8 @@ struct Walk {
         store_shared(tile_at + k8 * 1024 + row * 16 + q * 4, word);
     }
 
-    // Mean and 1 / deviation of this thread's two rows, which four lanes share.
-    static DEVICE void moments(const float (&f)[C / 2], float (&mean)[2], float (&rstd)[2], float eps) {
+    // Mean, and sum of squared deviations from it, of this thread's two rows, which four lanes share.
+    static DEVICE void moments(const float (&f)[C / 2], float (&mean)[2], float (&squares)[2]) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             float a = 0, b = 0;  // two chains
@@ -298,8 +306,14 @@ struct Walk {
                 const float d = f[4 * i + 2 * r] - mean[r], e = f[4 * i + 2 * r + 1] - mean[r];
                 a = fmaf(d, d, a), b = fmaf(e, e, b);
             }
-            rstd[r] = rsqrtf(warp_sum<4>(a + b) * (1.0f / C) + eps);
+            squares[r] = warp_sum<4>(a + b);
         }
+    }
+    // The same mean, and 1 / deviation.
+    static DEVICE void norms(const float (&f)[C / 2], float (&mean)[2], float (&rstd)[2], float eps) {
+        moments(f, mean, rstd);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) rstd[r] = rsqrtf(rstd[r] * (1.0f / C) + eps);
     }
 };
 
@@ -327,8 +341,8 @@ struct Share {
     static_assert(HIDDEN % (SPLIT * STEP) == 0 && ROWS % (2 * SPLIT) == 0 && ROWS % 8 == 0 && ROWS * 4 <= THREADS);
     static_assert(SUM_BYTES <= AT_W2, "sums that arrive take the place of W1 and x");
 
-    static DEVICE void run(const T* x, const T* weights, const float* vectors, T* out, int M, float eps,
-                           unsigned char* shared) {
+    static DEVICE void run(const T* x, const T* weights, const float* vectors, T* out, float2* of_rows, int M,
+                           float eps, unsigned char* shared) {
         const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, group = uniform(warp / 4), g = lane / 4,
                   t = lane % 4;
         const unsigned rank = SPLIT > 1 ? cluster_rank() : 0, base = shared_address(shared);
@@ -479,7 +493,6 @@ struct Share {
                     if (quad(i) < C / 4 && m + r < M)
                         residual[i][r] = load_now8(x + static_cast<size_t>(m + r) * C + channel(quad(i)));
             if constexpr (SPLIT > 1) barrier_wait_cluster(sums_full, 0);
-            float total[2] = {0, 0};
 #pragma unroll
             for (int i = 0; i < QUADS; ++i) {
                 const int u = quad(i);
@@ -495,24 +508,11 @@ struct Share {
                         f[i][0][0] += v.x, f[i][1][0] += v.y, f[i][0][2] += v.z, f[i][1][2] += v.w;
                         f[i][0][1] += w.x, f[i][1][1] += w.y, f[i][0][3] += w.z, f[i][1][3] += w.w;
                     }
-#pragma unroll
-                    for (int r = 0; r < 2; ++r) total[r] += f[i][r][0] + f[i][r][1] + f[i][r][2] + f[i][r][3];
                 }
             }
             if constexpr (POST_NORM) {
-                float mean[2], squares[2] = {0, 0};
-                sum_of_rows(total, b1, warp);
-#pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    mean[r] = total[r] * (1.0f / C);
-#pragma unroll
-                    for (int i = 0; i < QUADS; ++i)
-#pragma unroll
-                        for (int k = 0; k < 4; ++k)
-                            if (quad(i) < C / 4)
-                                squares[r] = fmaf(f[i][r][k] - mean[r], f[i][r][k] - mean[r], squares[r]);
-                }
-                sum_of_rows(squares, b1 + 2 * WARPS, warp);
+                float mean[2], squares[2];
+                moments(f, from_quad, warp, b1, mean, squares);
 #pragma unroll
                 for (int i = 0; i < QUADS; ++i)
                     if (quad(i) < C / 4) {
@@ -531,13 +531,43 @@ struct Share {
                 for (int r = 0; r < 2; ++r)
                     if (quad(i) < C / 4 && m + r < M) {
                         const float2 v = unpack2<T>(residual[i][r].x), w = unpack2<T>(residual[i][r].y);
+                        f[i][r][0] += v.x, f[i][r][1] += v.y, f[i][r][2] += w.x, f[i][r][3] += w.y;
                         *reinterpret_cast<uint2*>(out + static_cast<size_t>(m + r) * C + channel(quad(i))) =
-                            make_uint2(round2<T>(f[i][r][0] + v.x, f[i][r][1] + v.y),
-                                       round2<T>(f[i][r][2] + w.x, f[i][r][3] + w.y));
+                            make_uint2(round2<T>(f[i][r][0], f[i][r][1]), round2<T>(f[i][r][2], f[i][r][3]));
                     }
+            if constexpr (MOMENTS) {
+                float mean[2], squares[2];
+                moments(f, from_quad, warp, b1, mean, squares);
+#pragma unroll
+                for (int r = 0; r < 2; ++r)
+                    if (from_quad == 0 && m + r < M) of_rows[m + r] = make_float2(mean[r], squares[r]);
+            }
         }
     }
 
+    // Mean, and sum of squared deviations from it, of two rows, of which this lane has fours from here on.
+    static DEVICE void moments(const float (&f)[QUADS][2][4], int from_quad, int warp, float* shared, float (&mean)[2],
+                               float (&squares)[2]) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            mean[r] = 0;
+#pragma unroll
+            for (int i = 0; i < QUADS; ++i)
+                if (from_quad + WARP * i < C / 4) mean[r] += f[i][r][0] + f[i][r][1] + f[i][r][2] + f[i][r][3];
+        }
+        sum_of_rows(mean, shared, warp);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            mean[r] *= 1.0f / C, squares[r] = 0;
+#pragma unroll
+            for (int i = 0; i < QUADS; ++i)
+#pragma unroll
+                for (int k = 0; k < 4; ++k)
+                    if (from_quad + WARP * i < C / 4)
+                        squares[r] = fmaf(f[i][r][k] - mean[r], f[i][r][k] - mean[r], squares[r]);
+        }
+        sum_of_rows(squares, shared + 2 * WARPS, warp);
+    }
     // Sums over the warps that share two rows, at the same place in each's array of WARPS.
     static DEVICE void sum_of_rows(float (&sum)[2], float* shared, int warp) {
 #pragma unroll
@@ -568,7 +598,7 @@ constexpr int CLUSTER = SPLIT > 0 ? SPLIT : 1;
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTER, 1, 1)
     mlp_block(const scalar_t* x, const scalar_t* __restrict__ weights, const float* __restrict__ vectors, scalar_t* out,
-              int M, float eps) {
+              float2* moments, int M, float eps) {
     extern __shared__ __align__(128) unsigned char shared[];
-    run<scalar_t, SPLIT>(x, weights, vectors, out, M, eps, shared);
+    run<scalar_t, SPLIT>(x, weights, vectors, out, moments, M, eps, shared);
 }

@@ -1,10 +1,11 @@
 // patch_merge  out[b,h,w] = LN([x[b,2h,2w] x[b,2h+1,2w] x[b,2h,2w+1] x[b,2h+1,2w+1]]), without the LN where !NORM;
+//              IN_PLACE: the second and the third exchanged, which is the order in which they lie in memory;
 //              the reduction 4C -> 2C that follows is a matrix product of its own
 // shapes       x [B, H, W, C], out [B, ceil(H/2), ceil(W/2), 4C] scalar_t; gamma, beta [4C] scalar_t; zeros beyond H, W
 // math         fp32, two-pass variance in registers
 // grid         ceil_div(rows, ROWS) blocks of ROWS * GROUP threads: a group of GROUP threads a row of out
 // constants    scalar_t = float | __half | __nv_bfloat16; C % VEC == 0; GROUP a power of two; ROWS == 1 where GROUP > 32;
-//              NORM
+//              NORM, IN_PLACE
 // arch, bound  sm_75+ (bf16 sm_80+); memory-bound
 #include "rows.cuh"
 
@@ -26,7 +27,8 @@ extern "C" __global__ void __launch_bounds__(ROWS* GROUP)
     wait_for_kernels_ahead();
     R row;
     row.each([&](float (&pack)[VEC], int k) {
-        const int part = k / C, y = h + part % 2, z = w + part / 2;  // column by column
+        const int part = k / C;
+        const int y = h + (IN_PLACE ? part / 2 : part % 2), z = w + (IN_PLACE ? part % 2 : part / 2);
         const bool exists = inside && y < H && z < W;
         const size_t token = exists ? (static_cast<size_t>(b) * H + y) * W + z : 0;  // a load that is always made
         load<VEC>(x + token * C + k % C, pack);                                      // does not wait for others

@@ -4,6 +4,8 @@
 //              residual may be null or out, and is null where GELU or NORM; everything on 16 bytes.
 //              moments_of_a [M, groups] and, written where MOMENTS, moments [M, N / MOMENTS]: mean and sum of squared
 //              deviations from it of K / groups and MOMENTS neighbours in a row; sums_of_w [N] float: of each row of w
+//              GATHER: a is a map of 2 width columns instead, whose 2 x 2 neighbours are a row: all channels of the upper
+//              two, then of the lower two; groups are those of all four
 // math         products on tensor cores, of float in tf32; fp32 sums, which begin at bias + residual. The norm comes
 //              after the product: sum_k (a - mean) / deviation w = (sum_k a w - mean sum_k w) / deviation
 // grid         a tile [BM, BN] of out after the other, those of a row side by side; GROUPS warpgroups multiply, in turns:
@@ -13,7 +15,8 @@
 // constants    scalar_t = float | __half | __nv_bfloat16; BM = 64 or 128, BN = 32, 64, 96, 128, 192 or 256; GROUPS = 1 or 2;
 //              STAGES >= 2; SPLIT = 1, 2, 4 or 8, which divides BM BN / 1024, and then GROUPS == 1 and BM == 64; GELU;
 //              NORM: an even number of groups, and GROUPS = 2 or BN <= 96; MOMENTS = 0 (none) or what divides BN and N, 32
-//              where SPLIT > 1. N % 32 == 0, the bytes of K are a multiple of 16
+//              where SPLIT > 1; GATHER: width <= BM, whole slabs in K / 2, no residual. N % 32 == 0, the bytes of K are a
+//              multiple of 16
 // arch, bound  sm_90a only; memory-bound for K < 300, then L2 or tensor cores
 #include "steps.cuh"
 
@@ -34,22 +37,26 @@ static_assert(BN % NEIGHBOURS == 0);
 // Of a tile whose K is shared each block finishes EACH pieces, of which the others' parts come to RECEIVED.
 constexpr int EACH = UNITS / SPLIT, RECEIVED = STAGES * STAGE, RECEIVED_BYTES = (SPLIT - 1) * EACH * 32 * WARPGROUP;
 
-// Of a row of a, 1 / deviation and -mean / deviation, or half of them, from the moments of so many groups of its K numbers.
-DEVICE float2 norm_of(const float2* moments, int groups, int K, float eps) {
+// Of a row of a, 1 / deviation and -mean / deviation, or half of them.
+DEVICE float2 norm_of(float mean, float variance, float eps) {
+    const float scale = rsqrtf(fmaxf(variance, 0.0f) + eps) * (HALVED ? 0.5f : 1.0f);
+    return make_float2(scale, -mean * scale);
+}
+// The same from the moments of so many groups of its K numbers; of neighbours in a map the second half is further on.
+DEVICE float2 norm_of(const float2* moments, int groups, int further, int K, float eps) {
     const float each = __fdividef(K, groups);
     float near, sum = 0, squares = 0;
 #pragma unroll(GROUPS == 2 ? 2 : 4)
     for (int i = 0; i < groups; i += 2) {
-        const uint4 two = load_now(moments + i);
+        const uint4 two = load_now(moments + i + (GATHER && 2 * i >= groups ? further : 0));
         const float one = __uint_as_float(two.x), other = __uint_as_float(two.z);
         if (i == 0) near = one;  // so that little cancels
         const float a = one - near, b = other - near;
         sum += a + b;
         squares += fmaf(each * a, a, __uint_as_float(two.y)) + fmaf(each * b, b, __uint_as_float(two.w));
     }
-    const float apart = __fdividef(sum, groups), variance = __fdividef(squares, K) - apart * apart;
-    const float scale = rsqrtf(fmaxf(variance, 0.0f) + eps) * (HALVED ? 0.5f : 1.0f);
-    return make_float2(scale, -(near + apart) * scale);
+    const float apart = __fdividef(sum, groups);
+    return norm_of(near + apart, __fdividef(squares, K) - apart * apart, eps);
 }
 
 struct Yes {
@@ -62,7 +69,8 @@ struct No {
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(SPLIT, 1, 1)
     wgmma_gemm(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap w,
                const scalar_t* __restrict__ bias, const scalar_t* residual, scalar_t* out, const float2* moments_of_a,
-               const float* __restrict__ sums_of_w, float2* moments, int M, int N, int K, int groups, float eps) {
+               const float* __restrict__ sums_of_w, float2* moments, int M, int N, int K, int width, int groups,
+               float eps) {
     extern __shared__ __align__(1024) unsigned char smem[];
     // What norms need, of two tiles: the sums of w and the bias of their columns, and their rows' norms.
     auto* const sums_of_columns = reinterpret_cast<float*>(smem + RECEIVED + RECEIVED_BYTES);
@@ -72,10 +80,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
                 *const used = normed + 2;
     const unsigned thread = threadIdx.x % WARPGROUP, lane = thread % WARP, part = SPLIT > 1 ? cluster_rank() : 0;
     const unsigned group = __shfl_sync(ALL_LANES, threadIdx.x / WARPGROUP, 0);
-    const int tiles_n = ceil_div(N, BN), tiles = ceil_div(M, BM) * tiles_n;  // n runs faster than m
+    const int rows = GATHER ? BM / width * width : BM;                         // of a tile
+    const int tiles_n = ceil_div(N, BN), tiles = ceil_div(M, rows) * tiles_n;  // n runs faster than m
     const int first = blockIdx.x / SPLIT, step = gridDim.x / SPLIT;
     const int slab0 = ceil_div(K, BK) * part / SPLIT, slabs = ceil_div(K, BK) * (part + 1) / SPLIT - slab0;
-    const auto m_of = [&](int tile) { return tile / tiles_n * BM; };
+    const auto m_of = [&](int tile) { return tile / tiles_n * rows; };
     const auto n_of = [&](int tile) { return tile % tiles_n * BN; };
 
     if (threadIdx.x == 0) {
@@ -102,6 +111,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
         if constexpr (NORM) load<8>(sums, of.sums), load<8>(sums + BN, of.bias);
         return of;
     };
+    int end = M;  // of a tile's rows
     // Eight sums of row m from column n on become results; a warp's lanes are all in the same 32 columns.
     const auto finish = [&](float (&z)[8], int m, int n, float scale, float offset, const Columns& of) {
         if constexpr (NORM) {
@@ -112,11 +122,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
 #pragma unroll
             for (int e = 0; e < 8; ++e) z[e] = HALVED ? gelu_of_twice(z[e]) : gelu_to<scalar_t>(z[e]);
         }
-        store_eight_if(m < M && n < N, out + static_cast<size_t>(m) * N + n, z);
+        store_eight_if(m < end && n < N, out + static_cast<size_t>(m) * N + n, z);
     };
     // Moments of what four lanes have of row m, in column n and those after it.
     const auto give_moments = [&](const float2& of_some, int m, int n) {
-        if (m < M && lane % 4 == 0) moments[static_cast<size_t>(m) * (N / NEIGHBOURS) + n / NEIGHBOURS] = of_some;
+        if (m < end && lane % 4 == 0) moments[static_cast<size_t>(m) * (N / NEIGHBOURS) + n / NEIGHBOURS] = of_some;
     };
     if (threadIdx.x >= MULTIPLIERS) {  // fetches, one thread for all
         if constexpr (GROUPS == 2) give_registers<40>();
@@ -129,10 +139,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
                 for (int i = at, n; i < BN && (n = n_of(tile) + i) < N; i += NORM_WARPS * WARP)
                     sums[i] = sums_of_w[n], sums[BN + i] = bias ? to_float(bias[n]) * (HALVED ? 0.5f : 1.0f) : 0;
                 if (turn == 0) wait_for_kernels_ahead();
+                float2* const norms = norms_of_rows + turn % 2 * BM;
                 for (int row = at; row < BM; row += NORM_WARPS * WARP) {
-                    const float2* const of_row =
-                        moments_of_a + static_cast<size_t>(min(m_of(tile) + row, M - 1)) * groups;
-                    norms_of_rows[turn % 2 * BM + row] = norm_of(of_row, groups, K, eps);
+                    const int m = min(m_of(tile) + row, M - 1);
+                    const size_t of_row =
+                        GATHER ? size_t(2 * width * (m / width) + m % width) * (groups / 2) : size_t(m) * groups;
+                    norms[row] = norm_of(moments_of_a + of_row, groups, (width - 1) * (groups / 2), K, eps);
                 }
                 barrier_arrive(&normed[turn % 2]);
             }
@@ -149,11 +161,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
                                    &full[stage]);
             };
             const auto fetch_a = [&](int stage) {
-                copy_box(smem + stage * STAGE, &a, (slab0 + slab) * BK, m_of(tile), &full[stage]);
+                const int k = (slab0 + slab) * BK, lower = k >= K / 2;
+                if constexpr (GATHER)
+                    copy_pairs(smem + stage * STAGE, &a, k - lower * (K / 2), lower, m_of(tile) / width, &full[stage]);
+                else
+                    copy_box(smem + stage * STAGE, &a, k, m_of(tile), &full[stage]);
             };
+            const auto expect = [&](int stage) { barrier_expect(&full[stage], (rows + BN) * SLAB); };
             // Weights are there before the kernels ahead are done.
             const int begin = min(total, STAGES);
-            for (int i = 0; i < begin; ++i, advance()) barrier_expect(&full[i], STAGE), fetch_w(i);
+            for (int i = 0; i < begin; ++i, advance()) expect(i), fetch_w(i);
             wait_for_kernels_ahead();
             tile = first, slab = 0;
             for (int i = 0; i < begin; ++i, advance()) fetch_a(i);
@@ -161,7 +178,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
             unsigned parity = 0;
             for (int i = begin; i < total; ++i, advance()) {
                 barrier_wait(&empty[stage], parity);
-                barrier_expect(&full[stage], STAGE);
+                expect(stage);
                 fetch_w(stage), fetch_a(stage);
                 if (++stage == STAGES) stage = 0, parity ^= 1;
             }
@@ -177,6 +194,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
         if (GROUPS == 2 && group == 1) named_barrier_arrive<MULTIPLIERS>(TURN);
         for (int turn = group, tile = first + group * step; tile < tiles; turn += GROUPS, tile += GROUPS * step) {
             const int m0 = m_of(tile), n0 = n_of(tile);
+            if constexpr (GATHER) end = min(M, m0 + rows);
             if constexpr (!NORM) {  // sums begin at bias and residual, in one of the parts; loads come together
 #pragma unroll
                 for (int c0 = 0; c0 < COLUMNS; c0 += BATCH) {

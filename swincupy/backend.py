@@ -158,7 +158,12 @@ class Gpu:
             prepare_bias=ops.position_bias,
             masks=False,  # the attention kernel has them
             normaliser=normaliser,
-            packers={"pack_attention": ops.pack_attention, "pack_mlp": ops.pack_mlp, "fold_norm": ops.fold_norm},
+            packers={
+                "pack_attention": ops.pack_attention,
+                "pack_mlp": ops.pack_mlp,
+                "fold_norm": ops.fold_norm,
+                "merge_in_place": True,
+            },
             export=lambda y: precisions.decode(y, self._precision),
             settle=lambda: self.xp.cuda.get_current_stream().synchronize(),
         )

@@ -341,8 +341,9 @@ def _watched(measure: Callable[[str, str, int, int, Callable[[], object]], None]
             read = {a.data.ptr: a.nbytes for a in arrays if hasattr(a, "nbytes")}
             shape = " ".join("x".join(map(str, a.shape)) for a in (args[0], out))
             detail = "+".join(
-                k for k in ("norm", "gelu", "residual") if options.get(k) is not None and options[k] is not False
-            )
+                k for k in ("gather", "norm", "gelu", "residual")
+                if options.get(k) is not None and options[k] is not False and (k != "gather" or options[k])
+            )  # fmt: skip
             measure(
                 f"{name} {detail}".strip(), shape, sum(read.values()) + out.nbytes, operations(*args, out),
                 functools.partial(launch, *args, **options),

@@ -51,7 +51,7 @@ class Eager:
         (mean, std) -> what ``ops.patch_embed`` keeps of them, which is made before it is needed: graphs share it,
         so that it must not lie in the memory of one.
     packers : mapping, optional
-        ``pack_attention``, ``pack_mlp`` and ``fold_norm`` of `parameters.fold`.
+        ``pack_attention``, ``pack_mlp``, ``fold_norm`` and ``merge_in_place`` of `parameters.fold`.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Eager:
         export: Callable[[Array], Array] = lambda y: y,
         settle: Callable[[], object] = lambda: None,
         normaliser: Callable[[Floats, Floats], Any] = lambda mean, std: None,
-        packers: Mapping[str, Callable[..., Any]] | None = None,
+        packers: Mapping[str, Any] | None = None,
     ) -> None:
         self.config, self.ops, self._export, self._settle = config, ops, export, settle
         self.weights = fold(params, config, convert, exact, **(packers or {}))

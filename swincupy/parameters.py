@@ -79,6 +79,7 @@ def fold(
     pack_attention: Callable[..., Any] = lambda weights, **options: None,
     pack_mlp: Callable[..., Any] = lambda weights, **options: None,
     fold_norm: Callable[..., Any] = lambda *arrays: None,
+    merge_in_place: bool = False,
 ) -> Weights:
     """Nest flat parameters into one dictionary of arguments for each operation of the forward pass.
 
@@ -96,6 +97,8 @@ def fold(
     fold_norm : callable
         Takes the weight and bias of a linear layer and of V1's norm before it to a layer's weight, bias and sums
         with which its operation wants a norm without an affine part, or to None.
+    merge_in_place : bool
+        Patch merging wants its weights for 2 x 2 neighbours row by row, as they lie in memory.
 
     Returns
     -------
@@ -165,6 +168,8 @@ def fold(
             }
         )  # fmt: skip
         mlp = folded(raw, "fc1")
+        if c.version == 1 and merge_in_place and i + 1 < c.num_stages and j + 1 == c.depths[i]:
+            mlp["merge_follows"] = True
         mlp |= {"eps": c.norm_eps} | packed(pack_mlp(raw, post_norm=c.version == 2))
         return {"attn": attn, "mlp": mlp, "position": position}
 
@@ -172,11 +177,20 @@ def fold(
         name = f"layers.{i}.downsample"
         if i + 1 == c.num_stages:
             return None
-        return layer_norm(f"{name}.norm", "norm_", eps=1e-5) | {
-            "reduction_weight": get(f"{name}.reduction.weight"),
-            "post_norm": c.version == 2,
-            **({"moments": True} if "qkv_sums" in blocks[i + 1][0]["attn"] else {}),
-        }
+        raw = given(
+            {
+                "norm_weight": f"{name}.norm.weight", "norm_bias": f"{name}.norm.bias",
+                "reduction_weight": f"{name}.reduction.weight",
+            }
+        )  # fmt: skip
+        options: Weights = {"eps": 1e-5, "post_norm": c.version == 2}
+        if not merge_in_place:
+            return {k: convert(v) for k, v in raw.items()} | options
+        for k, v in raw.items():
+            if v is not None and v.shape[-1] == 4 * c.dims[i]:  # the upper right one comes second, not third
+                raw[k] = np.concatenate([np.split(v, 4, axis=-1)[part] for part in (0, 2, 1, 3)], axis=-1)
+        made = {k: v for k, v in folded(raw | {"reduction_bias": None}, "reduction").items() if v is not None}
+        return made | options | {"in_place": True, "moments": "qkv_sums" in blocks[i + 1][0]["attn"]}
 
     blocks = [[block(i, j) for j in range(depth)] for i, depth in enumerate(c.depths)]
     last = f"norm{c.num_stages - 1}"

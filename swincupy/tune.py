@@ -61,6 +61,7 @@ def gemm_shapes(
     height: int,
     width: int,
     moments: Callable[[int, int, int], bool] = lambda M, N, K: False,
+    merge: Callable[[int, int, int, int], str] = lambda M, N, K, width: "",
 ) -> list[Shape]:
     """The matrix products of a forward pass, in its order.
 
@@ -75,6 +76,9 @@ def gemm_shapes(
     moments : callable
         Of M, N and K: whether that product gives the moments of its rows, and with them the next takes its norm, see
         `ops.gemm.gives_moments`.
+    merge : callable
+        Of M, N, K and half the columns of a map, 0 where its height or width is odd: what goes with the product of a
+        patch merging, as `Problem.epilogue` has it.
     """
     shapes = []
     bias = "bias" if config.qkv_bias else "none"
@@ -91,8 +95,11 @@ def gemm_shapes(
         ]
         if i + 1 < config.num_stages:
             h, w = geometry[i + 1].grid
-            after = "moments" if config.version == 1 and moments(batch * h * w, 2 * C, 4 * C) else "none"
-            shapes.append(Shape(f"stage{i}.merge", batch * h * w, 2 * C, 4 * C, after, 1))
+            with_it = [merge(batch * h * w, 2 * C, 4 * C, w if 2 * h == g.grid[0] and 2 * w == g.grid[1] else 0)]
+            with_it += ["moments"] * (config.version == 1 and moments(batch * h * w, 2 * C, 4 * C))
+            shapes.append(
+                Shape(f"stage{i}.merge", batch * h * w, 2 * C, 4 * C, "+".join(filter(None, with_it)) or "none", 1)
+            )
     if config.num_classes:
         shapes.append(Shape("head", batch, config.num_classes, config.num_features, "bias", 1))
     return shapes
@@ -180,7 +187,7 @@ def measure(
 
     from swincupy import engine
     from swincupy import precision as precisions
-    from swincupy.ops import cutlass, gemm, gemv, wgmma
+    from swincupy.ops import cutlass, fused_mlp, gemm, gemv, wgmma
 
     config = _config(config)
     if batch < 1:
@@ -191,9 +198,17 @@ def measure(
     _require_gpu(precision)
     import cupy
 
-    shapes = gemm_shapes(
-        config, engine.bucket(batch), *size, lambda M, N, K: gemm.gives_moments(M, N, K, precisions.of(precision))
-    )
+    p = precisions.of(precision)
+
+    def merge(M: int, N: int, K: int, width: int) -> str:
+        gather = f"gather{width}" if gemm.takes_neighbours(N, K, width, p) else ""
+        if config.version == 2 or not gemm.takes_norm(N, K, p):
+            return gather
+        C, hidden = K // 4, int(config.mlp_ratio * (K // 4))
+        given = fused_mlp.takes(C, hidden, p, 4 * M) or gemm.gives_moments(4 * M, C, hidden, p)
+        return f"{gather}+norm+bias" if gather and given else "bias"
+
+    shapes = gemm_shapes(config, engine.bucket(batch), *size, lambda M, N, K: gemm.gives_moments(M, N, K, p), merge)
     found: dict[Problem, tuple[Choice, float, float]] = {}
     results = []
     for shape in tqdm(shapes, desc="tune", unit="product", disable=not progress, file=sys.stderr):
@@ -233,8 +248,13 @@ def problem(shape: Shape, precision: str) -> Problem:
     """The product as `swincupy.ops.gemm` knows it."""
     from swincupy.ops.gemm import Problem
 
-    parts = {k: True for k in shape.epilogue.split("+") if k != "none"}
-    return Problem(shape.M, shape.N, shape.K, precision, **{"bias": False, "gelu": False, "residual": False} | parts)
+    parts: dict[str, Any] = {"bias": False, "gelu": False, "residual": False}
+    for part in shape.epilogue.split("+"):
+        if part.startswith("gather"):
+            parts["gather"] = int(part.removeprefix("gather"))
+        elif part != "none":
+            parts[part] = True
+    return Problem(shape.M, shape.N, shape.K, precision, **parts)
 
 
 def measured(key: Problem, tiles: tuple[Tiles, ...]) -> tuple[Choice, float, float]:
@@ -255,10 +275,11 @@ def measured(key: Problem, tiles: tuple[Tiles, ...]) -> tuple[Choice, float, flo
     def moments(C: int) -> Any:
         return cupy.ones((key.M, C // wgmma.neighbours(key.M, C), 2), np.float32)
 
+    of_a = cupy.ones((4 * key.M, 1, 2), np.float32) if key.gather else moments(key.K) if key.norm else None
     arrays = (
         array(True, key.M, key.K), array(True, key.N, key.K), array(key.bias, key.N),
         array(key.residual, key.M, key.N), array(True, key.M, key.N),
-        wgmma.Norm(moments(key.K), cupy.zeros(key.N, np.float32), 1e-5) if key.norm else None,
+        wgmma.Norm(of_a, cupy.zeros(key.N, np.float32), 1e-5) if key.norm else None,
         moments(key.N) if key.moments else None,
     )  # fmt: skip
     choices = gemm.choices(key, 64, tiles)

@@ -64,11 +64,18 @@ def test_mlp_block(C: int, hidden: int, M: int, plan: fused_mlp.Plan, name: str,
     packed = fused_mlp.Packed(*map(emulator.asarray, fused_mlp.pack(**w, precision=precision, post_norm=post_norm)))
     stored = precisions.encode(draw(rng, M, C, mean=0.5), precision)
     guarded = emulator.asarray(precisions.encode(np.full((M + 1, C), np.nan, np.float32), precision))
-    fused_mlp.mlp_block(emulator.asarray(stored), packed, eps=EPS, precision=precision, out=guarded[:M], plan=plan)
+    moments = None if post_norm else emulator.asarray(np.full((M + 1, 1, 2), np.nan, np.float32))
+    options = dict(eps=EPS, precision=precision, out=guarded[:M], plan=plan)
+    fused_mlp.mlp_block(emulator.asarray(stored), packed, moments=None if moments is None else moments[:M], **options)
     x = precisions.decode(stored, precision).astype(np.float64)
     want = reference.mlp_block(x, **{k: v.astype(np.float64) for k, v in w.items()}, post_norm=post_norm, eps=EPS)
     close(guarded[:M], x, want, name)
     assert np.isnan(precisions.decode(np.asarray(guarded[M]), precision)).all(), "wrote past the last row"
+    if moments is not None:
+        y = precisions.decode(np.asarray(guarded[:M]), precision).astype(np.float64)
+        np.testing.assert_allclose(moments[:M, 0, 0], y.mean(axis=1), atol=2e-3)
+        np.testing.assert_allclose(moments[:M, 0, 1], y.var(axis=1) * C, rtol=1e-2)
+        assert np.isnan(moments[M]).all(), "wrote past the last row"
 
 
 # each width's tilings for few windows and for many, both versions and windows; shifts of both axes, of one, of none

@@ -70,7 +70,7 @@ def test_forward_pass(version: int, name: str) -> None:
     block = forward.BLOCK[version]
 
     def run(convert, ops, x):  # type: ignore[no-untyped-def]
-        w = fold(params, config, convert)
+        w = fold(params, config, convert, merge_in_place=ops is not reference)
         sized = plan(w, config, *x.shape[2:], convert)
         return forward.logits(forward.patches(x, w, sized, ops), w, sized, block, ops)
 
@@ -85,13 +85,15 @@ def test_forward_pass(version: int, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("few", "dim", "norms"),
-    [(1 << 18, 192, 2 * 3 - 1), (0, 192, 2 * 3 - 1), (0, 256, 3)], ids=["few rows", "many rows", "wide rows"],
+    ("few", "dim", "norms", "merges"),
+    [(1 << 18, 192, 2 * 3 - 1, 1), (0, 192, 2 * 3 - 1, 1), (0, 256, 3, 0)], ids=["few rows", "many rows", "wide rows"],
 )  # fmt: skip
-def test_norms_that_are_parts_of_products(monkeypatch: pytest.MonkeyPatch, few: int, dim: int, norms: int) -> None:
+def test_norms_that_are_parts_of_products(
+    monkeypatch: pytest.MonkeyPatch, few: int, dim: int, norms: int, merges: int
+) -> None:
     """A whole model whose products give moments and take norms, as on SM 9.0; the first norm follows no product.
 
-    Of wide rows only fc1's: what comes before the others is deep.
+    Of wide rows only fc1's: what comes before the others is deep. A merge gathers neighbours where none are missing.
     """
     normed, product = list[bool](), fused.gemm
 
@@ -102,30 +104,35 @@ def test_norms_that_are_parts_of_products(monkeypatch: pytest.MonkeyPatch, few: 
     monkeypatch.setattr(wgmma, "_FEW", few)
     monkeypatch.setattr(fused, "gemm", gemm)
     monkeypatch.setattr(fused, "takes_norm", lambda N, K, precision: wgmma.takes_norm(K))
+    monkeypatch.setattr(
+        fused, "takes_neighbours", lambda N, K, *of_map: wgmma.takes_neighbours(of_map[0], K, of_map[1])
+    )
     monkeypatch.setattr(fused, "gives_moments", lambda M, N, K, precision: wgmma.better_with_moments(M, N, K))
     config = SwinConfig(
-        patch_size=2, embed_dim=dim, depths=(2, 1), num_heads=(dim // 32, dim // 16), window_size=4, num_classes=5, mlp_ratio=2.0,
-        pad_mode="pad_roll",
+        patch_size=2, embed_dim=dim, depths=(2, 1), num_heads=(dim // 32, dim // 16), window_size=4, num_classes=5,
+        mlp_ratio=2.0, pad_mode="pad_roll",
     )  # fmt: skip
     rng, precision, ops = np.random.default_rng(), precisions.of("fp16"), fused.Fused("fp16")
     params = {
         k: 1.0 * ("norm" in k and k.endswith("weight")) + rng.standard_normal(s).astype(np.float32) * s[-1] ** -0.5
         for k, s in parameter_shapes(config).items()
     }
-    x = rng.standard_normal((2, 3, 18, 20))
 
     def run(convert: Any, ops: Any, x: np.ndarray, **options: Any) -> Any:
         w = fold(params, config, convert, **options)
         sized = plan(w, config, *x.shape[2:], convert)
         return forward.logits(forward.patches(x, w, sized, ops), w, sized, forward.block_v1, ops)
 
-    want = run(lambda a: np.asarray(a, np.float64), reference, x)
-    y = run(
-        lambda a: emulator.asarray(precisions.encode(np.asarray(a), precision)), ops,
-        emulator.asarray(x.astype(np.float32)), fold_norm=ops.fold_norm,
-    )  # fmt: skip
-    assert distance(np.asarray(y), want) <= 5e-3
-    assert normed.count(True) == norms
+    for height, gathered in ((18, 0), (16, merges)):
+        x = rng.standard_normal((2, 3, height, 20))
+        want = run(lambda a: np.asarray(a, np.float64), reference, x)
+        y = run(
+            lambda a: emulator.asarray(precisions.encode(np.asarray(a), precision)), ops,
+            emulator.asarray(x.astype(np.float32)), fold_norm=ops.fold_norm, merge_in_place=True,
+        )  # fmt: skip
+        assert distance(np.asarray(y), want) <= 5e-3
+        assert normed.count(True) == norms + gathered
+        normed.clear()
 
 
 def test_inputs_that_are_not_as_kernels_need_them() -> None:

@@ -210,6 +210,9 @@ def test_gemm_shapes_with_norms_in_products() -> None:
         "moments", "norm+bias", "bias+residual+moments", "norm+bias+gelu", "bias+residual+moments", "moments",
         "norm+bias",
     ]  # fmt: skip
+    assert tune.problem(tune.Shape("x", 784, 192, 384, "gather28+norm+bias", 1), "fp16").gather == 28
+    merges = tune.gemm_shapes(SwinConfig(), 1, 224, 224, merge=lambda M, N, K, width: f"gather{width}")
+    assert [s.epilogue for s in merges if "merge" in s.name] == ["gather28", "gather14", "gather7"]
     version_2 = tune.gemm_shapes(SwinConfig(version=2), 1, 224, 224, lambda M, N, K: True)
     assert not any("norm" in s.epilogue or "moments" in s.epilogue for s in version_2)
 

@@ -101,3 +101,47 @@ def test_wgmma_gemm(
         of_rows = moments_of(want, wgmma.neighbours(M, N))
         np.testing.assert_allclose(moments[:M], of_rows, rtol=1e-2, atol=1e-2)
         assert np.isnan(moments[M]).all(), "wrote past the last row"
+
+
+# maps of more and of fewer rows than a tile takes, K beyond the ring, both numbers of groups, K shared
+MAPS = [
+    (wgmma.Tile(64, 96, 2, 2, 1), (2, 6, 14, 64), 160, "fp16", ("norm", "bias")),
+    (wgmma.Tile(128, 192, 2, 3, 1), (3, 10, 56, 96), 192, "fp16", ("norm", "bias", "moments")),
+    (wgmma.Tile(64, 32, 1, 8, 1), (1, 14, 14, 96), 96, "fp16", ("norm",)),
+    (wgmma.Tile(64, 64, 1, 2, 4), (1, 4, 10, 128), 64, "fp16", ("norm",)),
+    (wgmma.Tile(64, 64, 1, 2, 2), (1, 4, 10, 64), 64, "fp16", ()),
+    (wgmma.Tile(64, 64, 1, 3, 1), (1, 2, 128, 32), 64, "tf32", ("norm", "bias")),
+]
+
+
+def drawn(rng: np.random.Generator, precision: precisions.Precision, *shape: int) -> np.ndarray:
+    return emulator.asarray(rng.standard_normal(shape).astype(precision.storage))
+
+
+@pytest.mark.parametrize(("tile", "shape", "N", "name", "parts"), MAPS, ids=str)
+def test_neighbours_in_a_map(
+    monkeypatch: pytest.MonkeyPatch, tile: wgmma.Tile, shape: tuple[int, ...], N: int, name: str, parts: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(wgmma, "_FEW", 0)
+    (B, H, W, C), precision, rng = shape, precisions.of(name), np.random.default_rng()
+    M, K, gather = B * H * W // 4, 4 * C, W // 2
+    assert wgmma.takes_neighbours(gather, K, precision, tile)
+    x, w, bias = drawn(rng, precision, *shape), drawn(rng, precision, N, K), drawn(rng, precision, N)
+    x[...] = 3 + x * rng.uniform(0.5, 2, (B, H, W, 1))
+    exact, weight = np.asarray(x, np.float64), np.asarray(w, np.float64)
+    of_rows = exact.reshape(B, H // 2, 2, W // 2, 2 * C).swapaxes(2, 3).reshape(M, K)
+    want = reference.layer_norm(of_rows, np.ones(K), np.zeros(K)) if "norm" in parts else of_rows
+    want = reference.linear(want, weight, np.asarray(bias, np.float64) if "bias" in parts else None)
+    out = emulator.asarray(np.full((M + 1, N), np.nan, precision.storage))
+    moments = emulator.asarray(np.full((M + 1, N // (wgmma.neighbours(M, N) or N), 2), np.nan, np.float32))
+    of_tokens = emulator.asarray(moments_of(exact.reshape(4 * M, C), 32).astype(np.float32))
+    sums = emulator.asarray(weight.sum(axis=1).astype(np.float32))
+    norm = wgmma.Norm(of_tokens, sums, 1e-5) if "norm" in parts else None
+    product = wgmma.Product(
+        M, N, K, precision, gelu=False, norm="norm" in parts, moments="moments" in parts, gather=gather, tile=tile
+    )
+    product(x.reshape(M, K), w, bias if "bias" in parts else None, None, out[:M], norm, moments[:M])
+    assert np.linalg.norm(np.asarray(out[:M], np.float64) - want) <= precision.tolerance * np.linalg.norm(want)
+    assert np.isnan(out[M]).all(), "wrote past the last row"
+    if "moments" in parts:
+        np.testing.assert_allclose(moments[:M], moments_of(want, wgmma.neighbours(M, N)), rtol=1e-2, atol=1e-2)

@@ -19,7 +19,7 @@ from swincupy import jit
 from swincupy import precision as precisions
 from swincupy.errors import InputError
 from swincupy.ops import attention, fused_attention, fused_mlp, kernels
-from swincupy.ops.gemm import gemm, gives_moments, takes_norm
+from swincupy.ops.gemm import gemm, gives_moments, takes_neighbours, takes_norm
 from swincupy.ops.reference import PadMode, Pair
 from swincupy.ops.wgmma import Norm, neighbours
 from swincupy.precision import Precision
@@ -185,12 +185,16 @@ class Fused:
         eps: float = 1e-5,
         packed: fused_mlp.Packed | None = None,
         fc1_sums: Array | None = None,
+        merge_follows: bool = False,
     ) -> Array:
         """See `swincupy.ops.reference.mlp_block`.
 
         With `pack_mlp`'s ``packed``, one kernel does it all where it can. ``fc1_sums`` are those of
-        `fold_norm`, of a norm whose weight is one and bias zero.
+        `fold_norm`, of a norm whose weight is one and bias zero. With ``merge_follows``, the norm of a patch merging
+        may need no pass of its own either.
         """
+        import cupy
+
         moments = self._moments_of(x)
         x, norm_weight, norm_bias, *weights = self._take(
             "mlp_block",
@@ -205,7 +209,10 @@ class Fused:
         _need_norm("mlp_block", x.shape[-1], norm_weight, norm_bias)
         options: dict[str, Any] = {"eps": eps, "precision": self.precision}
         if packed is not None and fused_mlp.takes(x.shape[-1], len(weights[0]), self.precision, x.size // x.shape[-1]):
-            return fused_mlp.mlp_block(x, packed, **options)
+            given = None
+            if merge_follows and self._gathers(x, 2 * x.shape[-1]):
+                given = cupy.empty((x.size // x.shape[-1], 1, 2), np.float32)
+            return self._remember(fused_mlp.mlp_block(x, packed, moments=given, **options), given)
         if fc1_sums is not None and moments is not None:
             return self._mlp("mlp_block", x, *weights, residual=x, norm=Norm(moments, fc1_sums, eps), moments=True)
         if post_norm:
@@ -427,27 +434,47 @@ class Fused:
         norm_weight: Array,
         norm_bias: Array,
         reduction_weight: Array,
+        reduction_bias: Array | None = None,
         *,
         post_norm: bool = False,
         eps: float = 1e-5,
         moments: bool = False,
+        in_place: bool = False,
+        reduction_sums: Array | None = None,
     ) -> Array:
-        """See `swincupy.ops.reference.patch_merge`. With ``moments``, a folded norm may follow."""
-        what = "patch_merge"
-        x, norm_weight, norm_bias, reduction_weight = self._take(
-            what, x=x, norm_weight=norm_weight, norm_bias=norm_bias, reduction_weight=reduction_weight
-        )
+        """See `swincupy.ops.reference.patch_merge`.
+
+        With ``moments``, a folded norm may follow. ``reduction_sums`` are those of `fold_norm`, of a norm whose weight
+        is one and bias zero. With ``in_place``, weights are for 2 x 2 neighbours in the order in which they lie in
+        memory, row by row: the product itself then gathers them where it can.
+        """
+        what, given = "patch_merge", self._moments_of(x)
+        x, norm_weight, norm_bias, reduction_weight, reduction_bias = self._take(
+            what, x=x, norm_weight=norm_weight, norm_bias=norm_bias, reduction_weight=reduction_weight,
+            reduction_bias=reduction_bias,
+        )  # fmt: skip
         _need(x.ndim == 4, "patch_merge: x must be [B, H, W, C]", x)
         C = x.shape[3]
         fits = reduction_weight.ndim == 2 and reduction_weight.shape[1] == 4 * C
         _need(fits, f"patch_merge: reduction_weight must be [N, {4 * C}]", reduction_weight)
         _need_norm(what, reduction_weight.shape[0] if post_norm else 4 * C, norm_weight, norm_bias)
         options: dict[str, Any] = {"eps": eps, "precision": self.precision}
-        if post_norm:
-            y = kernels.patch_merge(x, None, None, **options)
-            return kernels.layer_norm(self._product(what, y, reduction_weight), norm_weight, norm_bias, **options)
-        y = kernels.patch_merge(x, norm_weight, norm_bias, **options, overlap=self._constant_weights)
-        return self._product(what, y, reduction_weight, moments=moments)
+        product: dict[str, Any] = {"moments": moments and not post_norm}
+        folded = reduction_sums is not None and given is not None
+        if in_place and (post_norm or folded) and self._gathers(x, len(reduction_weight)):
+            B, H, W = x.shape[:3]
+            y = x.reshape(B, H // 2, W // 2, 4 * C)
+            product |= {"norm": None if post_norm else Norm(given, reduction_sums, eps), "gather": W // 2}
+        else:
+            first = (None, None) if post_norm else (norm_weight, norm_bias)
+            y = kernels.patch_merge(x, *first, **options, in_place=in_place, overlap=self._constant_weights)
+        y = self._product(what, y, reduction_weight, reduction_bias, **product)
+        return kernels.layer_norm(y, norm_weight, norm_bias, **options) if post_norm else y
+
+    def _gathers(self, x: Array, N: int) -> bool:
+        """Whether a product gathers the 2 x 2 neighbours of a map by itself."""
+        H, W, C = x.shape[-3:]
+        return H % 2 == W % 2 == 0 and takes_neighbours(N, 4 * C, W // 2, self.precision)
 
     def global_pool(
         self, x: Array, weight: Array | None = None, bias: Array | None = None, *, eps: float = 1e-5
@@ -507,10 +534,12 @@ class Fused:
         residual: Array | None = None,
         norm: Norm | None = None,
         moments: bool = False,
+        gather: int = 0,
     ) -> Array:
         """``x W^T + bias`` over the last axis, through gelu, plus residual.
 
-        With ``norm``, of LN(x). With ``moments``, the result has them for a norm that follows, where that can be.
+        With ``norm``, of LN(x). With ``moments``, the result has them for a norm that follows, where that can be. For
+        ``gather`` see `gemm`.
         """
         N, K = weight.shape
         _need(x.shape[-1] == K, f"{what}: x must have {K} channels on its last axis", x)
@@ -527,6 +556,7 @@ class Fused:
             residual=residual,
             norm=norm,
             moments=given,
+            gather=gather,
             precision=self.precision,
             overlap=self._constant_weights,
         ).reshape(*x.shape[:-1], N)

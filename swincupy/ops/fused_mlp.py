@@ -155,8 +155,9 @@ def _order(C: int) -> np.ndarray:
 
 
 def mlp_block(
-    x: Array, packed: Packed, *, eps: float, precision: Precision, out: Array | None = None, plan: Plan | None = None
-) -> Array:
+    x: Array, packed: Packed, *, eps: float, precision: Precision, out: Array | None = None,
+    moments: Array | None = None, plan: Plan | None = None,
+) -> Array:  # fmt: skip
     """V1: ``x + W2 gelu(W1 LN(x) + b1) + b2``; V2: ``x + LN(W2 gelu(W1 x + b1) + b2)``.
 
     Sums and norms are float32; the hidden layer is rounded to storage, and the exact GELU is computed
@@ -172,6 +173,8 @@ def mlp_block(
     precision : Precision
     out : like x, optional
         Where the result is written. It must not overlap ``x``.
+    moments : [M, 1, 2] float32, optional
+        Where those of V1's rows are written, see `swincupy.ops.wgmma.Norm`.
     plan : Plan, optional
         For tests and measurements; what is right for the number of rows where None.
 
@@ -200,12 +203,14 @@ def mlp_block(
         return out
     sms = jit.multiprocessors(x.data.device_id)
     plan = plan or choose(M, C, hidden, sms)
-    kernel = jit.kernel("mlp_block", arch=jit.HOPPER, **constants(C, hidden, precision, post_norm, plan))
+    kernel = jit.kernel(
+        "mlp_block", arch=jit.HOPPER, **constants(C, hidden, precision, post_norm, plan, moments is not None)
+    )
     jit.allow_clusters(kernel, plan.split)
     blocks = -(-M // plan.rows)
     blocks = blocks * plan.split if plan.split else min(blocks, sms)
     shared = plan.shared(C, hidden, post_norm)
-    kernel(blocks, plan.groups * 128, x, packed.weights, packed.vectors, out, M, eps, shared=shared)
+    kernel(blocks, plan.groups * 128, x, packed.weights, packed.vectors, out, moments, M, eps, shared=shared)
     return out
 
 
@@ -257,11 +262,14 @@ def _share(M: int, C: int, hidden: int, multiprocessors: int) -> tuple[Plan | No
     return best, least
 
 
-def constants(C: int, hidden: int, precision: Precision, post_norm: bool, plan: Plan) -> dict[str, jit.Constant]:
+def constants(
+    C: int, hidden: int, precision: Precision, post_norm: bool, plan: Plan, moments: bool = False
+) -> dict[str, jit.Constant]:
     """The kernel's compile-time constants."""
     return {
         "scalar_t": precision.ctype, "C": C, "HIDDEN": hidden, "POST_NORM": post_norm, "SPLIT": plan.split,
         "ROWS": plan.rows, "GROUPS": plan.groups, "CH": plan.chunk, "PAIRS": plan.pairs, "A_SHARED": plan.a_shared,
+        "MOMENTS": moments,
     }  # fmt: skip
 
 
@@ -275,5 +283,5 @@ def variants() -> Iterator[jit.Variant]:
         for post_norm in (False, True):
             for C, ratio, M in sizes:
                 plan = choose(M, C, ratio * C, 132)
-                fixed = constants(C, ratio * C, precision, post_norm, plan)
+                fixed = constants(C, ratio * C, precision, post_norm, plan, not post_norm and precision.name == "bf16")
                 yield jit.Variant("mlp_block", fixed, 90, jit.HOPPER)

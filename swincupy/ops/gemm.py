@@ -64,11 +64,14 @@ class Problem(NamedTuple):
     alignment: int = 256  # bytes of which all pointers are multiples, a power of two, at most 256
     norm: bool = False
     moments: bool = False
+    gather: int = 0
 
     @property
     def epilogue(self) -> str:
-        """``"none"``, or what goes with the product: ``"bias+residual"``, ``"norm+bias+gelu"``, ..."""
-        return "+".join(k for k in ("norm", "bias", "gelu", "residual", "moments") if getattr(self, k)) or "none"
+        """``"none"``, or what goes with the product: ``"bias+residual"``, ``"gather28+norm+bias"``, ..."""
+        before = [f"gather{self.gather}"] if self.gather else []
+        parts = [k for k in ("norm", "bias", "gelu", "residual", "moments") if getattr(self, k)]
+        return "+".join(before + parts) or "none"
 
 
 Tiles = Tile | gemv.Tile | wgmma.Tile | cutlass.Tile
@@ -85,6 +88,7 @@ def gemm(
     out: Array | None = None,
     norm: wgmma.Norm | None = None,
     moments: Array | None = None,
+    gather: int = 0,
     precision: str | Precision,
     overlap: bool = False,
 ) -> Array:
@@ -109,6 +113,9 @@ def gemm(
         The moments of a's rows, and the sums of w's. Where `takes_norm` only, and without ``residual``.
     moments : [M, N / wgmma.neighbours(M, N), 2] float32, optional
         Where those of the result are written. Where `gives_moments` only.
+    gather : int
+        Not 0: a is a map of ``2 gather`` columns and K / 4 channels, in that shape; the product is of its 2 x 2
+        neighbours: all channels of the upper two, then of the lower two. Where `takes_neighbours` only.
     overlap : bool
         No kernel that is under way writes w: it may be read before they are done.
     precision : str or Precision
@@ -138,7 +145,7 @@ def gemm(
         bits |= 0 if x is None else x.data.ptr
     problem = Problem(
         M, N, K, p.name, bias is not None, gelu, residual is not None, bits & -bits, norm is not None,
-        moments is not None,
+        moments is not None, gather,
     )  # fmt: skip
     arrays = (a, w, bias, residual, out, norm, moments)
     plan(problem, arrays)(*arrays, overlap=overlap)
@@ -153,6 +160,11 @@ def gives_moments(M: int, N: int, K: int, precision: Precision) -> bool:
 def takes_norm(N: int, K: int, precision: Precision) -> bool:
     """Whether products of these sizes take a norm of their rows on CuPy's current device."""
     return wgmma.takes(N, K, precision) and wgmma.takes_norm(K)
+
+
+def takes_neighbours(N: int, K: int, gather: int, precision: Precision) -> bool:
+    """Whether rows of products of these sizes may be 2 x 2 neighbours, and a norm of them be taken."""
+    return takes_norm(N, K, precision) and wgmma.takes_neighbours(gather, K, precision)
 
 
 _FEW_ROWS = 256  # of which most of the time goes to weights that no cache holds
@@ -222,7 +234,7 @@ def _decide(problem: Problem, arrays: tuple[Array, ...]) -> Run:
         except DeviceError as error:
             tune.warn(f"the entry for {problem} cannot be used: {error}")
     if cupy.cuda.get_current_stream().is_capturing():
-        found = choices(problem, 1, likely(problem)[:1] if problem.norm or problem.moments else ())
+        found = choices(problem, 1, likely(problem)[:1] if _is_ours(problem) else ())
     else:
         found = choices(problem, 6, likely(problem))
     if not found:
@@ -236,12 +248,17 @@ def _decide(problem: Problem, arrays: tuple[Array, ...]) -> Run:
     return runner(problem, found[0])
 
 
+def _is_ours(problem: Problem) -> bool:
+    """Whether ``cuda/wgmma_gemm.cu`` alone has such products."""
+    return problem.norm or problem.moments or problem.gather > 0
+
+
 def likely(problem: Problem) -> tuple[Tiles, ...]:
     """The tiles of our kernels that a short search tries."""
     import cupy
 
     p = problem
-    if gemv.takes(p.M, p.K, gelu=p.gelu, residual=p.residual) and not (p.norm or p.moments):
+    if gemv.takes(p.M, p.K, gelu=p.gelu, residual=p.residual) and not _is_ours(p):
         return gemv.TILES
     if wgmma.takes(p.N, p.K, precisions.of(p.precision)):
         return wgmma.likely(p.M, p.N, p.K, jit.multiprocessors(cupy.cuda.device.get_device_id()))
@@ -251,9 +268,10 @@ def likely(problem: Problem) -> tuple[Tiles, ...]:
 def choices(problem: Problem, algorithms: int, tiles: tuple[Tiles, ...]) -> list[Choice]:
     """What may run a product: up to so many of cuBLASLt's algorithms, best guess first, and of these tiles what can."""
     p, precision = problem, precisions.of(problem.precision)
-    if p.norm or p.moments:
+    if _is_ours(p):
         fit = [t for t in tiles if isinstance(t, wgmma.Tile) and wgmma.takes(p.N, p.K, precision, t)]
         fit = [t for t in fit if not p.moments or wgmma.gives_moments(p.M, p.N, t)]
+        fit = [t for t in fit if not p.gather or wgmma.takes_neighbours(p.gather, p.K, precision, t)]
         return [t for t in fit if not p.norm or wgmma.takes_norm(p.K, t)]
     found: list[Choice] = [*_product(problem).algorithms(algorithms)]
     unit = 16 // precision.storage.itemsize
@@ -281,7 +299,7 @@ def runner(problem: Problem, choice: Choice) -> Run:
     p, precision = problem, precisions.of(problem.precision)
     if isinstance(choice, wgmma.Tile):
         return wgmma.Product(
-            p.M, p.N, p.K, precision, gelu=p.gelu, norm=p.norm, moments=p.moments, tile=choice
+            p.M, p.N, p.K, precision, gelu=p.gelu, norm=p.norm, moments=p.moments, gather=p.gather, tile=choice
         )  # fmt: skip
     if isinstance(choice, gemv.Tile):
         return gemv.Product(p.M, p.N, p.K, precision, tile=choice)

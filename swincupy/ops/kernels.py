@@ -95,16 +95,18 @@ def row_constants(C: int, precision: Precision) -> tuple[Constants, RowLayout]:
 
 
 def patch_merge(
-    x: Array, weight: Array | None, bias: Array | None, *, eps: float, precision: Precision, overlap: bool = False
-) -> Array:
+    x: Array, weight: Array | None, bias: Array | None, *, eps: float, precision: Precision, in_place: bool = False,
+    overlap: bool = False,
+) -> Array:  # fmt: skip
     """2 x 2 neighbours in one row, then LayerNorm where weight is given.
 
-    [B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2), 4 C]. With ``overlap``, no kernel under way writes weight or bias.
+    [B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2), 4 C]. With ``in_place``, row by row instead of column by column. With
+    ``overlap``, no kernel under way writes weight or bias.
     """
     import cupy
 
     B, H, W, C = x.shape
-    constants, layout = patch_merge_constants(C, weight is not None, precision)
+    constants, layout = patch_merge_constants(C, weight is not None, precision, in_place)
     out = cupy.empty((B, (H + 1) // 2, (W + 1) // 2, 4 * C), precision.storage)
     rows = out.size // (4 * C)
     if rows:
@@ -115,10 +117,12 @@ def patch_merge(
     return out
 
 
-def patch_merge_constants(C: int, norm: bool, precision: Precision) -> tuple[Constants, RowLayout]:
+def patch_merge_constants(
+    C: int, norm: bool, precision: Precision, in_place: bool = False
+) -> tuple[Constants, RowLayout]:
     layout = row_layout(4 * C, C, precision.storage.itemsize, within_warp=4)
     return {
-        "scalar_t": precision.ctype, "C": C, "NORM": norm,
+        "scalar_t": precision.ctype, "C": C, "NORM": norm, "IN_PLACE": in_place,
         "VEC": layout.vec, "GROUP": layout.group, "ROWS": layout.rows,
     }, layout  # fmt: skip
 
@@ -299,7 +303,7 @@ def variants() -> Iterator[jit.Variant]:
         for C in (96, 6144):
             yield variant("layer_norm_residual", row_constants(C, precision)[0])
         for C, norm in ((96, True), (768, True), (15, False)):
-            yield variant("patch_merge", patch_merge_constants(C, norm, precision)[0])
+            yield variant("patch_merge", patch_merge_constants(C, norm, precision, in_place=C == 768)[0])
         for C, norm in ((768, True), (45, False), (6144, True)):
             yield variant("global_pool", pool_constants(C, norm, precision)[0])
         for unit in (8, 1):

@@ -25,6 +25,17 @@ def permuted_rows(address: int, N: int, K: int, precision: str, box: int) -> np.
     return _tensor_map(address, (K, 2, 4, 4, N // 32), strides, (2, 4, 4, box // 32), precision)
 
 
+def neighbours(address: int, M: int, width: int, K: int, precision: str, box: int) -> np.ndarray:
+    """Tensor map of [M / width, 2, width, K / 2]: a map of 2 width columns of K / 4 channels, rows in pairs.
+
+    A box of it is the upper or the lower rows of ``box`` pairs.
+    """
+    row = width * K // 2 * precisions.of(precision).storage.itemsize
+    return _tensor_map(
+        address, (K // 2, width, 2, M // width), (row // width, row, 2 * row), (width, 1, box), precision
+    )
+
+
 @functools.lru_cache(1024)
 def _tensor_map(
     address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], precision: str

@@ -37,6 +37,10 @@ class Tile(NamedTuple):
         ring = self.stages * ((self.bm + self.bn) * tensor_maps.SLAB + 16)
         return ring + self.bm * self.bn * 4 * (self.split - 1) // self.split + 5 * 8 + 2 * (self.bm + self.bn) * 8
 
+    def rows(self, gather: int = 0) -> int:
+        """Rows of a tile, of neighbours in a map of twice so many columns."""
+        return self.bm // gather * gather if gather else self.bm
+
     def threads(self, norm: bool) -> int:
         return 384 if self.groups == 2 else 224 if norm else 160
 
@@ -51,7 +55,10 @@ TILES = (
 
 
 class Norm(NamedTuple):
-    """What makes a product ``a @ w.T`` one of ``LN(a) @ w.T``, the norm without an affine part."""
+    """What makes a product ``a @ w.T`` one of ``LN(a) @ w.T``, the norm without an affine part.
+
+    Where a is a map, see `Product`, moments are those of its tokens: [4 M, K / 4 / neighbours, 2].
+    """
 
     moments: Array  # [M, K / neighbours, 2] float32: mean, and sum of squared deviations from it, of neighbours in a
     sums: Array  # [N] float32: of the rows of w
@@ -99,6 +106,13 @@ def takes(N: int, K: int, precision: Precision, tile: Tile | None = None) -> boo
     return tile is None or tile.split == 1 or tile.split * (tensor_maps.SLAB // precision.storage.itemsize) <= K
 
 
+def takes_neighbours(gather: int, K: int, precision: Precision, tile: Tile | None = None) -> bool:
+    """Whether rows may be 2 x 2 neighbours in a map of ``2 gather`` columns (for this tile)."""
+    if not 0 < gather <= 64 or K // 2 * precision.storage.itemsize % tensor_maps.SLAB:
+        return False
+    return tile is None or tile.bm >= gather
+
+
 def likely(M: int, N: int, K: int, multiprocessors: int) -> tuple[Tile, ...]:
     """The tiles that are worth a try: large ones where there is one for each multiprocessor, else small ones."""
     tiles = TILES[:5] if multiprocessors <= -(-M // 128) * -(-N // 96) else TILES[4:]
@@ -116,6 +130,9 @@ class Product:
         Not fp32.
     gelu, norm, moments : bool
         What it is called with, too.
+    gather : int
+        Not 0: a is a map of ``2 gather`` columns and K / 4 channels, its rows are 2 x 2 neighbours: all channels of the
+        upper two, then of the lower two.
     tile : Tile
 
     Raises
@@ -126,18 +143,18 @@ class Product:
 
     def __init__(
         self, M: int, N: int, K: int, precision: Precision, *, gelu: bool, norm: bool = False, moments: bool = False,
-        tile: Tile,
+        gather: int = 0, tile: Tile,
     ) -> None:  # fmt: skip
         import cupy
 
         width = neighbours(M, N) if moments else 0
-        fixed = constants(tile, precision, gelu=gelu, norm=norm, moments=width)
+        fixed = constants(tile, precision, gelu=gelu, norm=norm, moments=width, gather=gather > 0)
         self._kernel = jit.kernel(tile.kernel, arch=jit.HOPPER, **fixed)
-        tiles = -(-M // tile.bm) * -(-N // tile.bn)
+        tiles = -(-M // tile.rows(gather)) * -(-N // tile.bn)
         most = jit.multiprocessors(cupy.cuda.device.get_device_id()) * (1 if tile.groups == 2 else 3)
         self._blocks = tiles * tile.split if tile.split > 1 else min(tiles, most)
         self._threads = tile.threads(norm)
-        self._sizes, self._precision, self._tile = (M, N, K), precision.name, tile
+        self._sizes, self._precision, self._tile = (M, N, K, gather), precision.name, tile
 
     def __call__(
         self,
@@ -155,22 +172,27 @@ class Product:
         ``moments`` [M, N / neighbours(M, N), 2] float32 is written: those of out, as a `Norm` has them. With
         ``overlap``, no kernel that is under way may write ``w``.
         """
-        M, N, K = self._sizes
-        of_a = tensor_maps.rows(a.data.ptr, M, K, self._precision, self._tile.bm)
+        M, N, K, gather = self._sizes
+        if gather:
+            of_a = tensor_maps.neighbours(a.data.ptr, M, gather, K, self._precision, self._tile.bm // gather)
+        else:
+            of_a = tensor_maps.rows(a.data.ptr, M, K, self._precision, self._tile.bm)
         of_w = tensor_maps.permuted_rows(w.data.ptr, N, K, self._precision, self._tile.bn)
         self._kernel(
             self._blocks, self._threads, of_a, of_w, bias, residual, out,
-            *(norm[:2] if norm else (None, None)), moments, M, N, K,
-            norm.moments.shape[1] if norm else 0, norm.eps if norm else 0.0,
+            *(norm[:2] if norm else (None, None)), moments, M, N, K, gather,
+            norm.moments.shape[1] * (4 if gather else 1) if norm else 0, norm.eps if norm else 0.0,
             shared=self._tile.shared, overlap=overlap,
         )  # fmt: skip
 
 
-def constants(tile: Tile, precision: Precision, *, gelu: bool, norm: bool, moments: int) -> dict[str, jit.Constant]:
+def constants(
+    tile: Tile, precision: Precision, *, gelu: bool, norm: bool, moments: int, gather: bool = False
+) -> dict[str, jit.Constant]:
     """The kernel's compile-time constants."""
     return {
         "scalar_t": precision.ctype, "BM": tile.bm, "BN": tile.bn, "GROUPS": tile.groups, "STAGES": tile.stages,
-        "SPLIT": tile.split, "GELU": gelu, "NORM": norm, "MOMENTS": moments,
+        "SPLIT": tile.split, "GELU": gelu, "NORM": norm, "MOMENTS": moments, "GATHER": gather,
     }  # fmt: skip
 
 
@@ -182,3 +204,6 @@ def variants() -> Iterator[jit.Variant]:
                 width = 0 if norm else next(w for w in (96, _WIDE, 32) if tile.bn % w == 0)
                 c = constants(tile, precisions.of(name), gelu=tile.bm == 128, norm=norm, moments=width)
                 yield jit.Variant(tile.kernel, c, 90, jit.HOPPER)
+        if takes_norm(256, tile):
+            c = constants(tile, precisions.of("fp16"), gelu=False, norm=True, moments=0, gather=True)
+            yield jit.Variant(tile.kernel, c, 90, jit.HOPPER)

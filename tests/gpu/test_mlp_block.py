@@ -64,10 +64,19 @@ def errors(
     for _ in range(3):
         memory = cupy.full((M + 64) * C, canary, np.uint16)
         out = memory[: M * C].view(precision.storage).reshape(M, C)
-        assert fused_mlp.mlp_block(x, packed, eps=EPS, precision=precision, out=out, plan=plan) is out
+        moments = None if post_norm else cupy.full((M + 1, 1, 2), np.nan, np.float32)
+        options = dict(eps=EPS, precision=precision, out=out, plan=plan)
+        assert fused_mlp.mlp_block(x, packed, moments=None if moments is None else moments[:M], **options) is out
         assert bool((memory[M * C :] == canary).all()), f"seed {seed}: wrote past the end"
         runs.append(memory)
     assert all(bool((r == runs[0]).all()) for r in runs[1:]), f"seed {seed}: differs from run to run"
+
+    if moments is not None:
+        y = cupy.asarray(precisions.decode(out, precision), np.float64)
+        mean, squares = moments[:M, 0].T
+        assert bool((abs(mean - y.mean(axis=1)) <= 0.01 * y.std(axis=1)).all()), f"seed {seed}"
+        assert bool((abs(squares / C / y.var(axis=1) - 1) <= 0.02).all()), f"seed {seed}"
+        assert bool(cupy.isnan(moments[M]).all()), f"seed {seed}: wrote past the end"
 
     exact = cupy.asarray(precisions.decode(x, precision), np.float64)
     args: dict[str, Any] = {k: cupy.asarray(w, np.float64) for k, w in weights.items()}

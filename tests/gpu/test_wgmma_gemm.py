@@ -16,8 +16,10 @@ pytestmark = pytest.mark.gpu
 # fewer rows than a tile has; more tiles than multiprocessors, so that warpgroups take turns; K of no whole slab
 SIZES = [(333, 160, 200), (1, 32, 512), (9000, 288, 96), (49, 768, 3072)]
 
-# rows, channels that are normed, width of what follows: few rows' moments are of 32 neighbours, many rows' of 96 or 128
-NORMED = [(333, 192, 96), (9000, 192, 288), (2000, 384, 96), (500, 768, 288), (49, 768, 1536), (70, 1536, 96), (6200, 512, 96)]
+# rows, channels that are normed, width of what follows: moments are of 32 neighbours, of many rows of 96 or 128
+NORMED = [
+    (333, 192, 96), (9000, 192, 288), (2000, 384, 96), (500, 768, 288), (49, 768, 1536), (70, 1536, 96), (6200, 512, 96)
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +79,35 @@ def test_norms_and_moments(name: str, gelu: bool, tile: wgmma.Tile) -> None:
         stored = second | {"a": cupy.asarray(precisions.encode(normed.astype(np.float32), precision))}
         got, separate = distance(y, want, name), distance(plain(stored, name, gelu), want, name)
         assert got <= (2 * separate if name != "tf32" else 2 * precision.tolerance), (M, C, N)
+
+
+@pytest.mark.parametrize("tile", wgmma.TILES, ids=str)
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("name", ["tf32", "fp16", "bf16"])
+def test_neighbours_in_a_map(name: str, normed: bool, tile: wgmma.Tile) -> None:
+    """What `patch_merge` does: more tiles than multiprocessors, a map of odd shape, K beyond the ring."""
+    precision = precisions.of(name)
+    for B, H, W, C, N in ((3, 112, 112, 64, 96), (2, 10, 28, 192, 224), (1, 2, 128, 384, 64), (1, 14, 14, 384, 768)):
+        M, K, gather = B * H * W // 4, 4 * C, W // 2
+        fits = wgmma.takes(N, K, precision, tile) and wgmma.takes_neighbours(gather, K, precision, tile)
+        if not fits or (normed and not wgmma.takes_norm(K, tile)):
+            continue
+        x, _ = draw(name, M, N, K, ("bias",))
+        exact = {k: precisions.decode(cupy.asnumpy(v), precision).astype(np.float64) for k, v in x.items()}
+        parts = exact["a"].reshape(4 * M, -1, 64)
+        of_tokens = np.stack([parts.mean(axis=2), parts.var(axis=2) * 64], axis=2)
+        sums = cupy.asarray(exact["w"].sum(axis=1), "float32")
+        norm = wgmma.Norm(cupy.asarray(of_tokens, "float32"), sums, 1e-5) if normed else None
+        guarded = cupy.zeros((M + 1, N), precision.storage)
+        problem = gemm.Problem(M, N, K, name, True, False, False, norm=normed, gather=gather)
+        gemm.runner(problem, tile)(x["a"], x["w"], x["bias"], None, guarded[:-1], norm, None)
+        rows = exact["a"].reshape(B, H // 2, 2, W // 2, 2 * C).swapaxes(2, 3).reshape(M, K)
+        rows = reference.layer_norm(rows, np.ones(K), np.zeros(K)) if normed else rows
+        want = reference.linear(rows, exact["w"], exact["bias"])
+        stored = x | {"a": cupy.asarray(precisions.encode(rows.astype(np.float32), precision))}
+        got, separate = distance(guarded[:-1], want, name), distance(plain(stored, name, False), want, name)
+        assert got <= (2 * separate if name != "tf32" else 2 * precision.tolerance), (B, H, W, C, N)
+        assert not guarded[-1].any(), "wrote past the last row"
 
 
 def test_in_place() -> None:

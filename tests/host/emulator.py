@@ -117,6 +117,7 @@ def gemm(
     out: Any = None,
     norm: Any = None,
     moments: Any = None,
+    gather: int = 0,
     precision: Any,
     overlap: bool = False,
 ) -> DeviceArray:
@@ -132,9 +133,14 @@ def gemm(
         x, weight, b, r = (
             None if v is None else precisions.decode(v, precision).astype(np.float64) for v in arrays[:4]
         )
+        if gather:  # a map's rows, in pairs, to 2 x 2 neighbours
+            x = np.moveaxis(x.reshape(-1, 2, gather, x.shape[1] // 2), 1, 2).reshape(x.shape)
         y = x @ weight.T
         if norm:
-            mean, deviations = np.moveaxis(arrays[6].astype(np.float64), 2, 0)
+            of_a = arrays[6].astype(np.float64)
+            if gather:
+                of_a = np.moveaxis(of_a.reshape(-1, 2, gather, 2 * of_a.shape[1], 2), 1, 2).reshape(len(x), -1, 2)
+            mean, deviations = np.moveaxis(of_a, 2, 0)
             total, each = mean.mean(axis=1, keepdims=True), x.shape[1] / mean.shape[1]  # neighbours of a mean
             variance = (deviations + each * (mean - total) ** 2).sum(axis=1, keepdims=True) / x.shape[1]
             y = (y - total * arrays[7]) / np.sqrt(variance + norm.eps)

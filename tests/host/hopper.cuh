@@ -224,6 +224,9 @@ inline void copy(void* to, const TensorMap* map, const long long (&corner)[5], u
 inline void copy_box(void* to, const TensorMap* map, int inner, int outer, unsigned long long* barrier) {
     copy(to, map, {inner, outer}, barrier);
 }
+inline void copy_pairs(void* to, const TensorMap* map, int inner, int odd, int i, unsigned long long* barrier) {
+    copy(to, map, {inner, 0, odd, i}, barrier);
+}
 inline void copy_permuted_rows(void* to, const TensorMap* map, int k, int n32, unsigned long long* barrier) {
     copy(to, map, {k, 0, 0, 0, n32}, barrier);
 }
