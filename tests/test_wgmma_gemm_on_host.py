@@ -103,6 +103,13 @@ def test_wgmma_gemm(
         assert np.isnan(moments[M]).all(), "wrote past the last row"
 
 
+def test_a_row_has_an_even_number_of_moments() -> None:
+    """They are read two at a time."""
+    for N in range(32, 6144 + 1, 32):
+        for M in (1, 49, 196, 1568, 6272, 25088, 100352, 401408):
+            assert (width := wgmma.neighbours(M, N)) == 0 or N % (2 * width) == 0, (M, N)
+
+
 # maps of more and of fewer rows than a tile takes, K beyond the ring, both numbers of groups, K shared
 MAPS = [
     (wgmma.Tile(64, 96, 2, 2, 1), (2, 6, 14, 64), 160, "fp16", ("norm", "bias")),
