@@ -101,10 +101,7 @@ def test_the_shipped_file() -> None:
     for entries in tune.read(tune.shipped_path()).values():
         for key, entry in entries.items():
             M, _, N, _, K, precision, epilogue = key.split()
-            parts = {k: True for k in epilogue.split("+") if k != "none"}
-            problem = gemm.Problem(
-                int(M), int(N), int(K), precision, **{"bias": False, "gelu": False, "residual": False} | parts
-            )
+            problem = tune.problem(tune.Shape("", int(M), int(N), int(K), epilogue, 1), precision)
             assert tune._key(problem) == key
             assert tune._decode(entry["choice"]) and entry["microseconds"] > 0
 
