@@ -434,19 +434,19 @@ class Fused:
         norm_weight: Array,
         norm_bias: Array,
         reduction_weight: Array,
-        reduction_bias: Array | None = None,
         *,
         post_norm: bool = False,
         eps: float = 1e-5,
         moments: bool = False,
         in_place: bool = False,
+        reduction_bias: Array | None = None,
         reduction_sums: Array | None = None,
     ) -> Array:
         """See `swincupy.ops.reference.patch_merge`.
 
-        With ``moments``, a folded norm may follow. ``reduction_sums`` are those of `fold_norm`, of a norm whose weight
-        is one and bias zero. With ``in_place``, weights are for 2 x 2 neighbours in the order in which they lie in
-        memory, row by row: the product itself then gathers them where it can.
+        With ``moments``, a folded norm may follow. ``reduction_bias`` and ``reduction_sums`` are those of `fold_norm`,
+        of a norm whose weight is one and bias zero. With ``in_place``, weights are for 2 x 2 neighbours in the order in
+        which they lie in memory, row by row: the product itself then gathers them where it can.
         """
         what, given = "patch_merge", self._moments_of(x)
         x, norm_weight, norm_bias, reduction_weight, reduction_bias = self._take(
