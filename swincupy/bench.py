@@ -342,7 +342,7 @@ def _watched(measure: Callable[[str, str, int, int, Callable[[], object]], None]
             shape = " ".join("x".join(map(str, a.shape)) for a in (args[0], out))
             detail = "+".join(
                 k for k in ("gather", "norm", "gelu", "residual")
-                if options.get(k) is not None and options[k] is not False and (k != "gather" or options[k])
+                if (v := options.get(k)) is not None and (not isinstance(v, int) or v)
             )  # fmt: skip
             measure(
                 f"{name} {detail}".strip(), shape, sum(read.values()) + out.nbytes, operations(*args, out),

@@ -201,7 +201,7 @@ def measure(
     p = precisions.of(precision)
 
     def merge(M: int, N: int, K: int, width: int) -> str:
-        gather = f"gather{width}" if gemm.takes_neighbours(N, K, width, p) else ""
+        gather = f"gather{width}" if gemm.takes_gather(N, K, width, p) else ""
         if config.version == 2 or not gemm.takes_norm(N, K, p):
             return gather
         C, hidden = K // 4, int(config.mlp_ratio * (K // 4))

@@ -104,9 +104,7 @@ def test_norms_that_are_parts_of_products(
     monkeypatch.setattr(wgmma, "_FEW", few)
     monkeypatch.setattr(fused, "gemm", gemm)
     monkeypatch.setattr(fused, "takes_norm", lambda N, K, precision: wgmma.takes_norm(K))
-    monkeypatch.setattr(
-        fused, "takes_neighbours", lambda N, K, *of_map: wgmma.takes_neighbours(of_map[0], K, of_map[1])
-    )
+    monkeypatch.setattr(fused, "takes_gather", lambda N, K, *of_map: wgmma.takes_gather(of_map[0], K, of_map[1]))
     monkeypatch.setattr(fused, "gives_moments", lambda M, N, K, precision: wgmma.better_with_moments(M, N, K))
     config = SwinConfig(
         patch_size=2, embed_dim=dim, depths=(2, 1), num_heads=(dim // 32, dim // 16), window_size=4, num_classes=5,

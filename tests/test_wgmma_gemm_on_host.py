@@ -132,7 +132,7 @@ def test_neighbours_in_a_map(
     monkeypatch.setattr(wgmma, "_FEW", 0)
     (B, H, W, C), precision, rng = shape, precisions.of(name), np.random.default_rng()
     M, K, gather = B * H * W // 4, 4 * C, W // 2
-    assert wgmma.takes_neighbours(gather, K, precision, tile)
+    assert wgmma.takes_gather(gather, K, precision)
     x, w, bias = drawn(rng, precision, *shape), drawn(rng, precision, N, K), drawn(rng, precision, N)
     x[...] = 3 + x * rng.uniform(0.5, 2, (B, H, W, 1))
     exact, weight = np.asarray(x, np.float64), np.asarray(w, np.float64)

@@ -19,7 +19,7 @@ from swincupy import jit
 from swincupy import precision as precisions
 from swincupy.errors import InputError
 from swincupy.ops import attention, fused_attention, fused_mlp, kernels
-from swincupy.ops.gemm import gemm, gives_moments, takes_neighbours, takes_norm
+from swincupy.ops.gemm import gemm, gives_moments, takes_gather, takes_norm
 from swincupy.ops.reference import PadMode, Pair
 from swincupy.ops.wgmma import Norm, neighbours
 from swincupy.precision import Precision
@@ -474,7 +474,7 @@ class Fused:
     def _gathers(self, x: Array, N: int) -> bool:
         """Whether a product gathers the 2 x 2 neighbours of a map by itself."""
         H, W, C = x.shape[-3:]
-        return H % 2 == W % 2 == 0 and takes_neighbours(N, 4 * C, W // 2, self.precision)
+        return H % 2 == W % 2 == 0 and takes_gather(N, 4 * C, W // 2, self.precision)
 
     def global_pool(
         self, x: Array, weight: Array | None = None, bias: Array | None = None, *, eps: float = 1e-5

@@ -115,7 +115,7 @@ def gemm(
         Where those of the result are written. Where `gives_moments` only.
     gather : int
         Not 0: a is a map of ``2 gather`` columns and K / 4 channels, in that shape; the product is of its 2 x 2
-        neighbours: all channels of the upper two, then of the lower two. Where `takes_neighbours` only.
+        neighbours: all channels of the upper two, then of the lower two. Where `takes_gather` only.
     overlap : bool
         No kernel that is under way writes w: it may be read before they are done.
     precision : str or Precision
@@ -162,9 +162,9 @@ def takes_norm(N: int, K: int, precision: Precision) -> bool:
     return wgmma.takes(N, K, precision) and wgmma.takes_norm(K)
 
 
-def takes_neighbours(N: int, K: int, gather: int, precision: Precision) -> bool:
+def takes_gather(N: int, K: int, gather: int, precision: Precision) -> bool:
     """Whether rows of products of these sizes may be 2 x 2 neighbours, and a norm of them be taken."""
-    return takes_norm(N, K, precision) and wgmma.takes_neighbours(gather, K, precision)
+    return takes_norm(N, K, precision) and wgmma.takes_gather(gather, K, precision)
 
 
 _FEW_ROWS = 256  # of which most of the time goes to weights that no cache holds
@@ -271,7 +271,7 @@ def choices(problem: Problem, algorithms: int, tiles: tuple[Tiles, ...]) -> list
     if _is_ours(p):
         fit = [t for t in tiles if isinstance(t, wgmma.Tile) and wgmma.takes(p.N, p.K, precision, t)]
         fit = [t for t in fit if not p.moments or wgmma.gives_moments(p.M, p.N, t)]
-        fit = [t for t in fit if not p.gather or wgmma.takes_neighbours(p.gather, p.K, precision, t)]
+        fit = [t for t in fit if not p.gather or wgmma.takes_gather(p.gather, p.K, precision)]
         return [t for t in fit if not p.norm or wgmma.takes_norm(p.K, t)]
     found: list[Choice] = [*_product(problem).algorithms(algorithms)]
     unit = 16 // precision.storage.itemsize

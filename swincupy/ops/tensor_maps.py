@@ -25,7 +25,7 @@ def permuted_rows(address: int, N: int, K: int, precision: str, box: int) -> np.
     return _tensor_map(address, (K, 2, 4, 4, N // 32), strides, (2, 4, 4, box // 32), precision)
 
 
-def neighbours(address: int, M: int, width: int, K: int, precision: str, box: int) -> np.ndarray:
+def pairs_of_rows(address: int, M: int, width: int, K: int, precision: str, box: int) -> np.ndarray:
     """Tensor map of [M / width, 2, width, K / 2]: a map of 2 width columns of K / 4 channels, rows in pairs.
 
     A box of it is the upper or the lower rows of ``box`` pairs.

@@ -45,13 +45,17 @@ class Tile(NamedTuple):
         return 384 if self.groups == 2 else 224 if norm else 160
 
 
-#: Large ones for many rows, whose two warpgroups take turns; then small ones, the last with K shared in a cluster. With
-#: 12 stages all of a small product's weights are there before its rows come.
-TILES = (
+#: For many rows: two warpgroups take turns.
+LARGE = (
     Tile(128, 192, 2, 4, 1), Tile(128, 128, 2, 6, 1), Tile(128, 96, 2, 6, 1), Tile(64, 192, 2, 6, 1),
-    Tile(64, 96, 2, 6, 1), Tile(64, 64, 1, 6, 1), Tile(64, 64, 1, 12, 1), Tile(64, 32, 1, 8, 1), Tile(64, 64, 1, 6, 4),
+    Tile(64, 96, 2, 6, 1),
+)  # fmt: skip
+#: For few rows, the last two with K shared in a cluster. With 12 stages all weights are there before the rows come.
+SMALL = (
+    Tile(64, 64, 1, 6, 1), Tile(64, 64, 1, 12, 1), Tile(64, 32, 1, 8, 1), Tile(64, 64, 1, 6, 4),
     Tile(64, 64, 1, 12, 4),
 )  # fmt: skip
+TILES = LARGE + SMALL
 
 
 class Norm(NamedTuple):
@@ -107,16 +111,14 @@ def takes(N: int, K: int, precision: Precision, tile: Tile | None = None) -> boo
     return tile is None or tile.split == 1 or tile.split * (tensor_maps.SLAB // precision.storage.itemsize) <= K
 
 
-def takes_neighbours(gather: int, K: int, precision: Precision, tile: Tile | None = None) -> bool:
-    """Whether rows may be 2 x 2 neighbours in a map of ``2 gather`` columns (for this tile)."""
-    if not 0 < gather <= 64 or K // 2 * precision.storage.itemsize % tensor_maps.SLAB:
-        return False
-    return tile is None or tile.bm >= gather
+def takes_gather(gather: int, K: int, precision: Precision) -> bool:
+    """Whether rows may be 2 x 2 neighbours in a map of ``2 gather`` columns: a tile has at least one row of them."""
+    return 0 < gather <= 64 and K // 2 * precision.storage.itemsize % tensor_maps.SLAB == 0
 
 
 def likely(M: int, N: int, K: int, multiprocessors: int) -> tuple[Tile, ...]:
     """The tiles that are worth a try: large ones where there is one for each multiprocessor, else small ones."""
-    tiles = TILES[:5] if multiprocessors <= -(-M // 128) * -(-N // 96) else TILES[4:]
+    tiles = LARGE if multiprocessors <= -(-M // 128) * -(-N // 96) else (LARGE[-1], *SMALL)
     return tuple(t for t in tiles if t.split == 1 or t.split * 64 <= K)
 
 
@@ -175,7 +177,7 @@ class Product:
         """
         M, N, K, gather = self._sizes
         if gather:
-            of_a = tensor_maps.neighbours(a.data.ptr, M, gather, K, self._precision, self._tile.bm // gather)
+            of_a = tensor_maps.pairs_of_rows(a.data.ptr, M, gather, K, self._precision, self._tile.bm // gather)
         else:
             of_a = tensor_maps.rows(a.data.ptr, M, K, self._precision, self._tile.bm)
         of_w = tensor_maps.permuted_rows(w.data.ptr, N, K, self._precision, self._tile.bn)
@@ -200,7 +202,7 @@ def constants(
 def variants() -> Iterator[jit.Variant]:
     """The kernels that a search may try, for checks that they compile."""
     for tile in TILES:
-        for name in ("fp16", "bf16", "tf32") if tile == TILES[2] else ("fp16",):
+        for name in ("fp16", "bf16", "tf32") if tile == Tile(128, 96, 2, 6, 1) else ("fp16",):
             for norm in (False, True) if takes_norm(256, tile) else (False,):
                 width = 0 if norm else next(w for w in (96, _WIDE, 32) if tile.bn % w == 0)
                 c = constants(tile, precisions.of(name), gelu=tile.bm == 128, norm=norm, moments=width)

@@ -89,7 +89,7 @@ def test_neighbours_in_a_map(name: str, normed: bool, tile: wgmma.Tile) -> None:
     precision = precisions.of(name)
     for B, H, W, C, N in ((3, 112, 112, 64, 96), (2, 10, 28, 192, 224), (1, 2, 128, 384, 64), (1, 14, 14, 384, 768)):
         M, K, gather = B * H * W // 4, 4 * C, W // 2
-        fits = wgmma.takes(N, K, precision, tile) and wgmma.takes_neighbours(gather, K, precision, tile)
+        fits = wgmma.takes(N, K, precision, tile) and wgmma.takes_gather(gather, K, precision)
         if not fits or (normed and not wgmma.takes_norm(K, tile)):
             continue
         x, _ = draw(name, M, N, K, ("bias",))
