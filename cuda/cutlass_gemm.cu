@@ -22,7 +22,7 @@ using Element =
                         cute::conditional_t<is_same<scalar_t, __half>, cutlass::half_t, cutlass::bfloat16_t>>;
 
 constexpr int SLAB = 128;  // bytes of k that a stage holds of each row
-constexpr int BK = SLAB / sizeof(scalar_t);
+constexpr int BK = SLAB / sizeof(scalar_t), PACK = 16 / sizeof(scalar_t);
 constexpr int CONSUMERS = BM * 2, THREADS = CONSUMERS + WARP;
 constexpr int SHARED = STAGES * ((BM + BN) * SLAB + sizeof(typename cutlass::PipelineTmaAsync<1>::SharedStorage));
 // Blocks of one multiprocessor at a time, so that one stores while another multiplies: what its shared memory allows,
@@ -67,7 +67,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             auto* const full = pipeline.producer_get_barrier(stage);
             const int i = stage.index();
             cute::SM90_TMA_LOAD::copy(&a, full, hint, smem + i * BM * SLAB, slab * BK, m0);
-            cute::SM90_TMA_LOAD::copy(&w, full, hint, weights + i * BN * SLAB, slab * BK, 0, 0, 0, n0 / 32);
+            cute::SM90_TMA_LOAD::copy(&w, full, hint, weights + i * BN * SLAB, slab * BK, 0, 0, 0, n0 / (4 * PACK));
         }
         return;
     }
@@ -81,24 +81,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const auto x = part.make_fragment_A(part.partition_A(slabs_a));
     const auto y = part.make_fragment_B(part.partition_B(slabs_w));
 
-    // A thread's sums: rows m + 8 h, and of each 32 columns eight neighbours, so that it reads and writes packs of
-    // eight. The instruction's are 8 j + 2 i + e, i = lane % 4, e = 0, 1, of w's rows as they lie in shared memory, where
-    // the tensor map puts row 8 i + 2 j + e of each 32.
-    const int m = m0 + warp * 16 + lane / 4, n = n0 + lane % 4 * 8;
+    // A thread's sums: rows m + 8 h, and of each 4 PACK columns PACK neighbours, 16 bytes. The instruction's are
+    // 8 j + 2 i + e, i = lane % 4, e = 0, 1, of w's rows as they lie in shared memory, where the tensor map puts row
+    // PACK i + 2 j + e of each 4 PACK.
+    const int m = m0 + warp * 16 + lane / 4, n = n0 + lane % 4 * PACK;
     auto sum = cute::partition_fragment_C(multiply, cute::Shape<cute::Int<BM>, cute::Int<BN>>{});
     static_assert(decltype(cute::size(sum))::value == BN / 2);
 #pragma unroll
-    for (int group = 0; group < BN / 32; ++group) {
-        const int column = n + group * 32;
-        float b[8] = {};
-        if (bias && column < N) load<8>(bias + column, b);
+    for (int group = 0; group < BN / (4 * PACK); ++group) {
+        const int column = n + group * 4 * PACK;
+        float b[PACK] = {};
+        if (bias && column < N) load<PACK>(bias + column, b);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const int row = m + h * 8;
-            float r[8] = {};
-            if (residual && row < M && column < N) load<8>(residual + static_cast<size_t>(row) * N + column, r);
+            float r[PACK] = {};
+            if (residual && row < M && column < N) load<PACK>(residual + static_cast<size_t>(row) * N + column, r);
 #pragma unroll
-            for (int e = 0; e < 8; ++e) sum(group * 16 + e / 2 * 4 + h * 2 + e % 2) = b[e] + r[e];
+            for (int e = 0; e < PACK; ++e) sum(group * 2 * PACK + e / 2 * 4 + h * 2 + e % 2) = b[e] + r[e];
         }
     }
 
@@ -123,17 +123,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     cute::warpgroup_fence_operand(sum);
 
 #pragma unroll
-    for (int group = 0; group < BN / 32; ++group)
+    for (int group = 0; group < BN / (4 * PACK); ++group)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const int row = m + h * 8, column = n + group * 32;
+            const int row = m + h * 8, column = n + group * 4 * PACK;
             if (row >= M || column >= N) continue;
-            float z[8];
+            float z[PACK];
 #pragma unroll
-            for (int e = 0; e < 8; ++e) {
-                const float s = sum(group * 16 + e / 2 * 4 + h * 2 + e % 2);
+            for (int e = 0; e < PACK; ++e) {
+                const float s = sum(group * 2 * PACK + e / 2 * 4 + h * 2 + e % 2);
                 z[e] = activate ? gelu(s) : s;
             }
-            store<8>(out + static_cast<size_t>(row) * N + column, z);
+            store<PACK>(out + static_cast<size_t>(row) * N + column, z);
         }
 }

@@ -136,12 +136,12 @@ DEVICE void copy_pairs(void* to, const TensorMap* map, int inner, int odd, int i
         "l"(map), "r"(shared_address(barrier)), "r"(inner), "r"(0), "r"(odd), "r"(i)
         : "memory");
 }
-// A box of rows n, n + 1, ... of a map [N / 32, 4, 4, 2, K] that permutes each 32 rows (ops/tensor_maps.py), n32 = n / 32.
-DEVICE void copy_permuted_rows(void* to, const TensorMap* map, int k, int n32, unsigned long long* barrier) {
+// A box of rows of a map that permutes each 32 of 16 bits, each 16 of floats (ops/tensor_maps.py), from group i on.
+DEVICE void copy_permuted_rows(void* to, const TensorMap* map, int k, int i, unsigned long long* barrier) {
     asm volatile(
         "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
         "[%1, {%3, %4, %4, %4, %5}], [%2];" ::"r"(shared_address(to)),
-        "l"(map), "r"(shared_address(barrier)), "r"(k), "r"(0), "r"(n32)
+        "l"(map), "r"(shared_address(barrier)), "r"(k), "r"(0), "r"(i)
         : "memory");
 }
 DEVICE void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }

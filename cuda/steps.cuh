@@ -2,7 +2,8 @@
 #pragma once
 #include "hopper.cuh"
 
-// Eight neighbours in global memory, as they are stored there.
+// The eight of 32 neighbours in global memory that are one of four lanes', as they are stored there: packs of N, which lie
+// side by side with those of the other lanes, so that a warp reads and writes whole sectors.
 template <typename T>
 struct Eight {
     static constexpr int N = 16 / sizeof(T);
@@ -10,7 +11,7 @@ struct Eight {
 
     DEVICE void load(bool yes, const T* p) {  // zeros where not
 #pragma unroll
-        for (int k = 0; k < 8 / N; ++k) parts[k].word = load_if(yes, p + k * N);
+        for (int k = 0; k < 8 / N; ++k) parts[k].word = load_if(yes, p + k * 4 * N);
     }
     DEVICE float operator[](int e) const { return to_float(parts[e / N].v[e % N]); }
 };
@@ -22,7 +23,7 @@ DEVICE void store_eight_if(bool yes, T* p, const float (&x)[8]) {
         Pack<T, N> pack;
 #pragma unroll
         for (int e = 0; e < N; ++e) pack.v[e] = from_float<T>(x[k + e]);
-        store_if(yes, p + k, pack.word);
+        store_if(yes, p + 4 * k, pack.word);
     }
 }
 

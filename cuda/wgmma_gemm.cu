@@ -14,13 +14,14 @@
 //              ops/wgmma.py
 // constants    scalar_t = float | __half | __nv_bfloat16; BM = 64 or 128, BN = 32, 64, 96, 128, 192 or 256; GROUPS = 1 or 2;
 //              STAGES >= 2; SPLIT = 1, 2, 4 or 8, which divides BM BN / 1024, and then GROUPS == 1 and BM == 64; GELU;
-//              NORM: an even number of groups, and GROUPS = 2 or BN <= 96; MOMENTS = 0 (none) or what divides BN and N, 32
+//              NORM: one group or an even number, and GROUPS = 2 or BN <= 96; MOMENTS = 0 (none) or what divides BN and N, 32
 //              where SPLIT > 1; GATHER: width <= BM, whole slabs in K / 2, no residual. N % 32 == 0, the bytes of K are a
 //              multiple of 16
 // arch, bound  sm_90a only; memory-bound for K < 300, then L2 or tensor cores
 #include "steps.cuh"
 
 constexpr int SLAB = 128, BK = SLAB / sizeof(scalar_t);  // bytes and elements of k that a stage holds of each row
+constexpr int PACK = Eight<scalar_t>::N;
 constexpr int STAGE = (BM + BN) * SLAB, MULTIPLIERS = GROUPS * WARPGROUP;
 // Two groups take the registers of the fetching warps, which can be given a warpgroup at a time.
 constexpr int THREADS = MULTIPLIERS + (GROUPS == 2 ? WARPGROUP : NORM ? 3 * WARP : WARP);
@@ -44,6 +45,10 @@ DEVICE float2 norm_of(float mean, float variance, float eps) {
 }
 // The same from the moments of so many groups of its K numbers; of neighbours in a map the second half is further on.
 DEVICE float2 norm_of(const float2* moments, int groups, int further, int K, float eps) {
+    if (!GATHER && groups == 1) {
+        const uint2 all = load_now8(moments);
+        return norm_of(__uint_as_float(all.x), __fdividef(__uint_as_float(all.y), K), eps);
+    }
     const float each = __fdividef(K, groups);
     float near, sum = 0, squares = 0;
 #pragma unroll(GROUPS == 2 ? 2 : 4)
@@ -108,11 +113,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
     };
     const auto columns_at = [&](const float* sums) {
         Columns of = {};
-        if constexpr (NORM) load<8>(sums, of.sums), load<8>(sums + BN, of.bias);
+        if constexpr (NORM)
+#pragma unroll
+            for (int e = 0; e < 8; e += PACK)
+                load<PACK>(sums + 4 * e, reinterpret_cast<float (&)[PACK]>(of.sums[e])),
+                    load<PACK>(sums + BN + 4 * e, reinterpret_cast<float (&)[PACK]>(of.bias[e]));
         return of;
     };
     int end = M;  // of a tile's rows
-    // Eight sums of row m from column n on become results; a warp's lanes are all in the same 32 columns.
+    // Eight sums of row m become results, the lane's first in column n; a warp's lanes are all in the same 32 columns.
     const auto finish = [&](float (&z)[8], int m, int n, float scale, float offset, const Columns& of) {
         if constexpr (NORM) {
 #pragma unroll
@@ -157,7 +166,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
                 if (++slab == slabs) slab = 0, tile += step;
             };
             const auto fetch_w = [&](int stage) {
-                copy_permuted_rows(smem + stage * STAGE + BM * SLAB, &w, (slab0 + slab) * BK, n_of(tile) / 32,
+                copy_permuted_rows(smem + stage * STAGE + BM * SLAB, &w, (slab0 + slab) * BK, n_of(tile) / (4 * PACK),
                                    &full[stage]);
             };
             const auto fetch_a = [&](int stage) {
@@ -201,7 +210,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
                     Eight<scalar_t> b[BATCH], r[BATCH][TALL][2];
 #pragma unroll
                     for (int i = 0; i < BATCH; ++i) {
-                        const int n = n0 + (c0 + i) * 32 + lane % 4 * 8;
+                        const int n = n0 + (c0 + i) * 32 + lane % 4 * PACK;
                         const bool begins = c0 + i < COLUMNS && part == 0 && n < N;
                         b[i].load(bias && begins, bias + n);
 #pragma unroll
@@ -278,10 +287,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
                     for (int e = 0; e < int(sizeof(z) / sizeof(float)); ++e)
                         z[e] = sum[t][c * 16 + e / 2 * 4 + h * 2 + e % 2];
                 };
-                const float* const sums = sums_of_columns + turn % 2 * (2 * BN) + lane % 4 * 8;
+                const float* const sums = sums_of_columns + turn % 2 * (2 * BN) + lane % 4 * PACK;
 #pragma unroll
                 for (int c = 0; c < COLUMNS; ++c) {
-                    const int n = n0 + c * 32 + lane % 4 * 8;
+                    const int n = n0 + c * 32 + lane % 4 * PACK;
                     const Columns of = columns_at(sums + c * 32);
 #pragma unroll
                     for (int t = 0; t < TALL; ++t)
@@ -343,7 +352,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
             const int unit = part * EACH + i, c = unit / 2, h = unit % 2;
-            const int m = m_of(first) + row_of(0, h), n = n_of(first) + c * 32 + lane % 4 * 8;
+            const int m = m_of(first) + row_of(0, h), n = n_of(first) + c * 32 + lane % 4 * PACK;
             if (n >= N) continue;
             float z[8] = {};
 #pragma unroll

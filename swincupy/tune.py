@@ -313,6 +313,7 @@ def shipped_path() -> Path:
     return Path(__file__).with_name("tuned.json")
 
 
+@functools.cache
 def environment(device: int) -> str:
     """What a measurement holds for: GPU, driver, cuBLASLt, and the sources of our kernels. The GPU comes first."""
     import cupy

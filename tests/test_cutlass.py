@@ -81,14 +81,15 @@ def test_rows(driver: Driver, name: str, dtype: Any) -> None:
 
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", np.uint16), ("tf32", np.float32)])
 def test_permuted_rows(driver: Driver, name: str, dtype: Any) -> None:
-    """What a thread has of each 32 rows, 8 j + 2 i + e for j < 4, e < 2, are rows 8 i to 8 i + 7."""
+    """What thread i has of each 32 or 16 rows, 8 j + 2 i + e for e < 2, are neighbours, 16 bytes of a result's row."""
     w = np.arange(1, 1 + 160 * 72).reshape(160, 72).astype(dtype)
     tensor_maps.permuted_rows(4096, 160, 72, name, 96)
-    got = driver.fetch(w, 0, 0, 0, 0, 96 // 32)
+    n = 16 // w.itemsize
+    got = driver.fetch(w, 0, 0, 0, 0, 96 // (4 * n))
     padded = np.zeros((192, 128 // w.itemsize), dtype)
     padded[:160, : min(72, padded.shape[1])] = w[:, : padded.shape[1]]
-    for group, i, j, e in itertools.product(range(3), range(4), range(4), range(2)):
-        assert (got[group * 32 + 8 * j + 2 * i + e] == padded[96 + group * 32 + 8 * i + 2 * j + e]).all()
+    for first, i, j, e in itertools.product(range(0, 96, 4 * n), range(4), range(n // 2), range(2)):
+        assert (got[first + 8 * j + 2 * i + e] == padded[96 + first + n * i + 2 * j + e]).all()
 
 
 def test_maps_are_made_once(driver: Driver) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import itertools
 import sys
 import types
@@ -153,6 +154,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Library]:
     for module in (cublaslt, gemm):
         monkeypatch.setattr(module, "bindings", lambda: library)
     monkeypatch.setattr(tune, "lookup", lambda problem: None)
+    monkeypatch.setattr(tune, "environment", lambda device: "two alike" if device < 2 else "another")
     monkeypatch.setattr(gemm.kernels, "gelu", fake_gelu)
     gemm.forget()
     yield library
@@ -254,6 +256,26 @@ def test_the_cache_decides(library: Library, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(tune, "lookup", lambda problem: B)
     gemm.gemm(**draw("fp32", 4, 8, 8, ()), precision="fp32")
     assert library.calls[0]["algorithm"] == B and not library.asked
+
+
+def test_devices_that_are_alike_run_what_one_of_them_found(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, searches = sys.modules["cupy"].cuda, list[int]()
+    monkeypatch.setattr(cuda, "get_current_stream", lambda: types.SimpleNamespace(ptr=99, is_capturing=lambda: False))
+
+    def search(problem: Any, found: list[Any], arrays: Any) -> list[gemm.Timed]:
+        searches.append(cuda.device.get_device_id())
+        return [gemm.Timed(1.0, found[len(searches) % 2])]
+
+    monkeypatch.setattr(gemm, "search", search)
+    for device in range(3):
+        monkeypatch.setattr(cuda.device, "get_device_id", functools.partial(int, device))
+        gemm.gemm(**draw("fp32", 4, 8, 8, ()), precision="fp32")
+    assert searches == [0, 2]
+    first, alike, other = (call["algorithm"] for call in library.calls)
+    assert first == alike != other
+    gemm.forget()
+    gemm.gemm(**draw("fp32", 4, 8, 8, ()), precision="fp32")
+    assert searches == [0, 2, 2]
 
 
 @pytest.mark.parametrize("stored", [b"\3" * 64, b"short"], ids=["unknown", "short"])

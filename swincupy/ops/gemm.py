@@ -194,6 +194,7 @@ def _check(
 # ---------------------------------------------------------------- what runs a product
 
 _plans: dict[tuple[int, Problem], Run] = {}
+_found: dict[tuple[str, Problem], Choice] = {}  # by searches: GPUs that are alike compute the same, to the last bit
 _lock = threading.RLock()
 
 
@@ -222,6 +223,7 @@ def forget() -> None:
     """Decide anew at the next use of each product (captured graphs keep what they have)."""
     with _lock:
         _plans.clear()
+        _found.clear()
 
 
 def _decide(problem: Problem, arrays: tuple[Array, ...]) -> Run:
@@ -233,7 +235,11 @@ def _decide(problem: Problem, arrays: tuple[Array, ...]) -> Run:
             return runner(problem, cached)
         except DeviceError as error:
             tune.warn(f"the entry for {problem} cannot be used: {error}")
-    if cupy.cuda.get_current_stream().is_capturing():
+    here = tune.environment(cupy.cuda.device.get_device_id()), problem
+    if here in _found:
+        return runner(problem, _found[here])
+    capturing = cupy.cuda.get_current_stream().is_capturing()
+    if capturing:
         found = choices(problem, 1, likely(problem)[:1] if _is_ours(problem) else ())
     else:
         found = choices(problem, 6, likely(problem))
@@ -245,6 +251,8 @@ def _decide(problem: Problem, arrays: tuple[Array, ...]) -> Run:
     if len(found) > 1:  # the best are close to each other
         timed = search(problem, found[:4], arrays, budget=4e-3)
         found = [t.choice for t in timed] or found
+    if not capturing:
+        _found[here] = found[0]
     return runner(problem, found[0])
 
 

@@ -19,10 +19,14 @@ def rows(address: int, M: int, K: int, precision: str, box: int) -> np.ndarray:
 
 
 def permuted_rows(address: int, N: int, K: int, precision: str, box: int) -> np.ndarray:
-    """Tensor map of [N, K] as ``[N / 32, j, i, e, K]``: of each 32 rows, 8 i + 2 j + e comes at 8 j + 2 i + e."""
-    pitch = K * precisions.of(precision).storage.itemsize
-    strides = (pitch, 8 * pitch, 2 * pitch, 32 * pitch)
-    return _tensor_map(address, (K, 2, 4, 4, N // 32), strides, (2, 4, 4, box // 32), precision)
+    """Tensor map of [N, K] as ``[N / (4 n), j, i, e, K]``: of each 4 n rows, n i + 2 j + e comes at 8 j + 2 i + e.
+
+    n elements are 16 bytes: those that a thread of a product has side by side.
+    """
+    itemsize = precisions.of(precision).storage.itemsize
+    pitch, n = K * itemsize, 16 // itemsize
+    strides = (pitch, n * pitch, 2 * pitch, 4 * n * pitch)
+    return _tensor_map(address, (K, 2, 4, n // 2, N // (4 * n)), strides, (2, 4, n // 2, box // (4 * n)), precision)
 
 
 def pairs_of_rows(address: int, M: int, width: int, K: int, precision: str, box: int) -> np.ndarray:

@@ -72,14 +72,14 @@ class Norm(NamedTuple):
 def neighbours(M: int, N: int) -> int:
     """How many numbers side by side in a row have moments in common in a result [M, N]; 0: there are none.
 
-    A row has an even number of such groups. Measured: where it is 0, what a norm costs is less than what other tiles,
+    A row has one such group or an even number of them. Measured: where it is 0, what a norm costs is less than what other tiles,
     or cuBLASLt's products, are faster by.
     """
     if M * N <= _FEW:
         return 32 if N % 64 == 0 else 0  # tiles are small
-    if N % 192 == 0 and (N <= 384 or M * N <= 4 * _FEW):
+    if (N == 96 or N % 192 == 0) and (N <= 384 or M * N <= 4 * _FEW):
         return 96
-    return _WIDE if N % (2 * _WIDE) == 0 and M * N >= 12 * _FEW else 0
+    return _WIDE if (N == _WIDE or N % (2 * _WIDE) == 0) and M * N >= 12 * _FEW else 0
 
 
 _FEW, _WIDE = 1 << 18, 128
@@ -91,12 +91,12 @@ def better_with_moments(M: int, N: int, K: int) -> bool:
     Not a deep one with wide rows: cuBLASLt's is faster by more than the norm costs.
     """
     width = neighbours(M, N)
-    return width > 0 and (width < _WIDE or K <= N)
+    return width > 0 and (width < _WIDE or N == _WIDE or K <= N)
 
 
 def takes_norm(K: int, tile: Tile | None = None) -> bool:
     """Whether rows of so many channels may come with their moments in place of a norm (for this tile)."""
-    return K % 64 == 0 and (tile is None or tile.groups == 2 or tile.bn <= 96)
+    return (K == 96 or K % 64 == 0) and (tile is None or tile.groups == 2 or tile.bn <= 96)
 
 
 def gives_moments(M: int, N: int, tile: Tile) -> bool:

@@ -196,23 +196,35 @@ def _in_threads(work: Any, wrong: list[Any], count: int = 4) -> None:
         t.join()
 
 
-def test_two_devices() -> None:
+@pytest.mark.parametrize("name", ["fp32", "fp16"])
+def test_two_devices(name: str) -> None:
+    """The same results on both, wherever the input lies, whichever device and stream are current, in any thread."""
     if cupy.cuda.runtime.getDeviceCount() < 2:
         pytest.skip("needs two GPUs")
-    first, second = (make(small(), device=f"cuda:{i}") for i in range(2))
+    models = [make(small(), precision=name, device=f"cuda:{i}") for i in range(2)]
     x = images(2, 3, 56, 56)
-    want = first(x)
-    assert np.array_equal(second(x), want)
+    want = models[0](x)
+    assert np.array_equal(models[1](x), want)
     assert cupy.cuda.Device().id == 0
     with cupy.cuda.Device(1):
         there = cupy.asarray(x)
-    for model, index in ((first, 0), (second, 1)):
+    for index, model in enumerate(models):
         for given in (cupy.asarray(x), there, there[:, :, ::1, :].transpose(0, 1, 3, 2).transpose(0, 1, 3, 2)):
             y = model(given)
             assert y.device.id == index and np.array_equal(y.get(), want)
-        assert np.array_equal(
-            model.embed(x, normalize=True, batch_size=1), first.embed(x, normalize=True, batch_size=1)
-        )
+        vectors = model.embed(x, normalize=True, batch_size=1)
+        assert np.array_equal(vectors, models[0].embed(x, normalize=True, batch_size=1))
+
+    def work(seed: int) -> None:
+        with cupy.cuda.Device(seed // 2), cupy.cuda.Stream(non_blocking=True):
+            given = cupy.asarray(x)
+            for _ in range(20):
+                y = models[seed % 2](given)
+            assert y.device.id == seed % 2 and np.array_equal(cupy.asnumpy(y), want)
+
+    wrong: list[Any] = []
+    _in_threads(work, wrong)
+    assert not wrong
 
 
 # ------------------------------------------------------------------ memory

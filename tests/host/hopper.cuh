@@ -227,8 +227,8 @@ inline void copy_box(void* to, const TensorMap* map, int inner, int outer, unsig
 inline void copy_pairs(void* to, const TensorMap* map, int inner, int odd, int i, unsigned long long* barrier) {
     copy(to, map, {inner, 0, odd, i}, barrier);
 }
-inline void copy_permuted_rows(void* to, const TensorMap* map, int k, int n32, unsigned long long* barrier) {
-    copy(to, map, {k, 0, 0, 0, n32}, barrier);
+inline void copy_permuted_rows(void* to, const TensorMap* map, int k, int i, unsigned long long* barrier) {
+    copy(to, map, {k, 0, 0, 0, i}, barrier);
 }
 inline void prefetch_map(const TensorMap*) {}
 
