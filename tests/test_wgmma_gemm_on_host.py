@@ -110,7 +110,8 @@ def test_a_row_has_one_group_or_an_even_number() -> None:
     """They are read two at a time."""
     for N in range(32, 6144 + 1, 32):
         for M in (1, 49, 196, 1568, 6272, 25088, 100352, 401408):
-            assert (width := wgmma.neighbours(M, N)) == 0 or N == width or N % (2 * width) == 0, (M, N)
+            width = wgmma.neighbours(M, N)
+            assert width in (0, N) or N % (2 * width) == 0, (M, N)
 
 
 # maps of more and of fewer rows than a tile takes, K beyond the ring, both numbers of groups, K shared
