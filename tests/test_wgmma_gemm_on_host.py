@@ -122,6 +122,7 @@ MAPS = [
     (wgmma.Tile(64, 64, 1, 2, 4), (1, 4, 10, 128), 64, "fp16", ("norm",)),
     (wgmma.Tile(64, 64, 1, 2, 2), (1, 4, 10, 64), 64, "fp16", ()),
     (wgmma.Tile(64, 64, 1, 3, 1), (1, 2, 128, 32), 64, "tf32", ("norm", "bias")),
+    (wgmma.Tile(128, 96, 2, 2, 1), (1, 8, 28, 96), 192, "tf32", ("norm", "bias", "moments")),
 ]
 
 
@@ -145,7 +146,8 @@ def test_neighbours_in_a_map(
     want = reference.linear(want, weight, np.asarray(bias, np.float64) if "bias" in parts else None)
     out = emulator.asarray(np.full((M + 1, N), np.nan, precision.storage))
     moments = emulator.asarray(np.full((M + 1, N // (wgmma.neighbours(M, N) or N), 2), np.nan, np.float32))
-    of_tokens = emulator.asarray(moments_of(exact.reshape(4 * M, C), 32).astype(np.float32))
+    width = wgmma.neighbours(4 * M, C) or 32  # tokens of 96 or 128 channels have one group
+    of_tokens = emulator.asarray(moments_of(exact.reshape(4 * M, C), width).astype(np.float32))
     sums = emulator.asarray(weight.sum(axis=1).astype(np.float32))
     norm = wgmma.Norm(of_tokens, sums, 1e-5) if "norm" in parts else None
     product = wgmma.Product(
